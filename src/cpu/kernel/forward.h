@@ -1,0 +1,200 @@
+// The forward pass of one chunk: for every block of its keys, for every tile of its rows: scores, online softmax,
+// values.
+#pragma once
+#include "cpu/kernel/product.h"
+
+namespace flash_dmattn::cpu::FLASH_DMATTN_ISA {
+
+template <class Product>
+class Forward {
+  using T = typename Product::Sum;
+
+ public:
+  static std::size_t scratch(const Chunk& largest) {
+    Scratch size(nullptr);
+    Forward(size, largest);
+    return size.size();
+  }
+
+  static void run(const ForwardTask& task, void* memory) {
+    Scratch scratch(memory);
+    Forward forward(scratch, task.chunk);
+    forward.attend(task);
+    if (task.out.data != nullptr)
+      forward.write(task);
+    else
+      forward.write_partial(task);
+  }
+
+  static void combine(const ForwardTask& task, const void* partials, std::int64_t count, std::size_t stride);
+
+ private:
+  Forward(Scratch& scratch, const Chunk& chunk)
+      : tiles_(chunk, Product::kRows),
+        logit_(chunk.scale, chunk.softcap),
+        product_(scratch, chunk, tiles_),
+        positions_(scratch, chunk),
+        bias_(scratch, chunk, tiles_.most_rows()),
+        scores_(scratch.take<T>(tiles_.most_rows() * kScoreRow)),
+        sum_(scratch.take<T>(chunk.queries * chunk.pack * product_.width)),
+        row_max_(scratch.take<T>(chunk.queries * chunk.pack)),
+        row_sum_(scratch.take<T>(chunk.queries * chunk.pack)) {}
+
+  void attend(const ForwardTask& task) {
+    const Chunk& chunk = task.chunk;
+    begin(chunk);
+    product_.begin();
+    product_.load_query(chunk);
+    positions_.read(chunk);
+    for (std::int64_t first = task.first_key; first < task.last_key; first += kBlock) {
+      block_.read(chunk, first, first + kBlock < task.last_key ? first + kBlock : task.last_key);
+      bias_.read(chunk, block_);
+      bool loaded = false;
+      for (std::int64_t t = 0; t < tiles_.count(); ++t) {
+        const Tile tile = tiles_[t];
+        const Tests tests = positions_.tests(block_, tile);
+        if (tests.empty()) continue;
+        if (!loaded) product_.load(chunk, block_);
+        loaded = true;
+        bias_.read(chunk, block_, tile);
+        product_.scores(tile, tests, scores_);
+        softmax(chunk, tile, tests);
+        product_.add_values(tile, tests, scores_, sum_ + tile.first_row * product_.width);
+      }
+    }
+    product_.end();
+  }
+
+  void begin(const Chunk& chunk) {
+    for (std::int64_t r = 0; r < chunk.queries * chunk.pack; ++r) {
+      row_max_[r] = -kInfinity;
+      row_sum_[r] = 0;
+    }
+    for (std::int64_t i = 0; i < chunk.queries * chunk.pack * product_.width; ++i) sum_[i] = 0;
+  }
+
+  void softmax(const Chunk& chunk, const Tile& tile, const Tests& tests) {
+    for (std::int64_t i = 0; i < tile.queries; ++i)
+      for (std::int64_t g = 0; g < chunk.pack; ++g) {
+        const std::int64_t r = i * chunk.pack + g;
+        const T* bias = bias_.row(r, g);
+        if (logit_.cap > 0)
+          softmax_row<true>(tile, tests, tile.first_query + i, r, bias);
+        else
+          softmax_row<false>(tile, tests, tile.first_query + i, r, bias);
+      }
+  }
+
+  /// One row's scores become probabilities relative to the largest logit so far; older sums shrink when it grows.
+  template <bool capped>
+  FLASH_DMATTN_INLINE void softmax_row(const Tile& tile, const Tests& tests, std::int64_t query, std::int64_t r,
+                                       const T* bias) {
+    constexpr int lanes = kLanes<T>;
+    T* row = scores_ + r * kScoreRow;
+    const auto position = positions_.of[query];
+    Vec<T> largest = broadcast<T>(-kInfinity);
+    for (const Tests::Run& run : tests)
+      for (std::int64_t p = run.first; p < run.last; ++p) {
+        T* panel = row + p * kPanel;
+        const T* panel_bias = bias + p * kPanel;
+        if (tests.of[p] == Test::none) {
+          for (int j = 0; j < kPanel; j += lanes) {
+            const Vec<T> x = logit_.template operator()<capped>(load(panel + j), load(panel_bias + j));
+            store(panel + j, x);
+            largest = max<T>(largest, x);
+          }
+        } else {
+          const std::uint64_t word = tests.of[p] == Test::bits ? positions_.word(block_, query, p) : 0;
+          for (int j = 0; j < kPanel; j += lanes) {
+            const Vec<T> x = masked<T>(logit_.template operator()<capped>(load(panel + j), load(panel_bias + j)),
+                                       tests.of[p], block_, p, j, position, word);
+            store(panel + j, x);
+            largest = max<T>(largest, x);
+          }
+        }
+      }
+    T& row_max = row_max_[tile.first_row + r];
+    T& row_sum = row_sum_[tile.first_row + r];
+    const T new_max = max<T>(broadcast<T>(row_max), broadcast<T>(max_of_lanes<T>(largest)))[0];
+    const T base = new_max == -kInfinity ? 0 : new_max;  // a row that sees nothing yet
+    if (new_max > row_max) {
+      const T shrink = exp2<T>(row_max - base);
+      row_sum *= shrink;
+      T* sum = sum_ + (tile.first_row + r) * product_.width;
+      for (std::int64_t d = 0; d < product_.width; d += lanes) store(sum + d, load(sum + d) * shrink);
+      row_max = new_max;
+    }
+    // Several sums side by side: one alone would wait for itself.
+    constexpr int vectors = kPanel / lanes;
+    const auto probabilities = product_.probability_row(scores_, r);
+    Vec<T> total[vectors] = {};
+    for (const Tests::Run& run : tests)
+      for (std::int64_t j = run.first_key(); j < run.last * kPanel; j += kPanel)
+        for (int v = 0; v < vectors; ++v) {
+          const Vec<T> probability = exp2<T>(load(row + j + v * lanes) - base);
+          Product::store_probability(probabilities + j + v * lanes, probability);
+          total[v] += probability;
+        }
+    for (int v = 1; v < vectors; ++v) total[0] += total[v];
+    row_sum += sum_of_lanes<T>(total[0]);
+  }
+
+  static void write_row(const ForwardTask& task, std::int64_t query, std::int64_t head, const T* sum, T largest,
+                        T total) {
+    store_row<T>(task.out.dtype, sum, total > 0 ? 1 / total : 0, task.chunk.head_dim, row_of(task.out, query, head));
+    *reinterpret_cast<T*>(task.lse + query * task.lse_query + head * task.lse_head) =
+        total > 0 ? (largest + log2(total)) * static_cast<T>(kLn2) : static_cast<T>(-kInfinity);
+  }
+  void write(const ForwardTask& task) const {
+    for (std::int64_t i = 0; i < task.chunk.queries; ++i)
+      for (std::int64_t g = 0; g < task.chunk.pack; ++g) {
+        const std::int64_t r = i * task.chunk.pack + g;
+        write_row(task, i, g, sum_ + r * product_.width, row_max_[r], row_sum_[r]);
+      }
+  }
+  void write_partial(const ForwardTask& task) const {
+    const std::int64_t head_dim = task.chunk.head_dim;
+    T* out = static_cast<T*>(task.partial);
+    for (std::int64_t r = 0; r < task.chunk.queries * task.chunk.pack; ++r, out += head_dim + 2) {
+      for (std::int64_t d = 0; d < head_dim; ++d) out[d] = sum_[r * product_.width + d];
+      out[head_dim] = row_max_[r];
+      out[head_dim + 1] = row_sum_[r];
+    }
+  }
+
+  Tiles tiles_;
+  Logit<T> logit_;
+  Product product_;
+  Positions<T> positions_;
+  BiasRows<T> bias_;
+  Block<T> block_;
+  T* scores_;  // tile rows x kScoreRow: products, then logits, then (in place, if the product wants) probabilities
+  T* sum_;     // rows x width: of probability * value
+  T *row_max_, *row_sum_;  // by row: the largest logit in base 2, the sum of probabilities
+};
+
+template <class Product>
+void Forward<Product>::combine(const ForwardTask& task, const void* partials, std::int64_t count, std::size_t stride) {
+  const Chunk& chunk = task.chunk;
+  const std::int64_t head_dim = chunk.head_dim;
+  T sum[256];
+  for (std::int64_t i = 0; i < chunk.queries; ++i)
+    for (std::int64_t g = 0; g < chunk.pack; ++g) {
+      const std::int64_t r = i * chunk.pack + g;
+      const auto part = [&](std::int64_t s) {
+        return reinterpret_cast<const T*>(static_cast<const char*>(partials) + static_cast<std::size_t>(s) * stride) +
+               r * (head_dim + 2);
+      };
+      T largest = -kInfinity, total = 0;
+      for (std::int64_t s = 0; s < count; ++s) largest = part(s)[head_dim] > largest ? part(s)[head_dim] : largest;
+      for (std::int64_t d = 0; d < head_dim; ++d) sum[d] = 0;
+      for (std::int64_t s = 0; s < count && largest > -kInfinity; ++s) {
+        const T share = exp2<T>(part(s)[head_dim] - largest);
+        total += part(s)[head_dim + 1] * share;
+        for (std::int64_t d = 0; d < head_dim; ++d) sum[d] += part(s)[d] * share;
+      }
+      write_row(task, i, g, sum, largest, total);
+    }
+}
+
+}  // namespace flash_dmattn::cpu::FLASH_DMATTN_ISA

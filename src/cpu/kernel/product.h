@@ -1,0 +1,230 @@
+// The two products of the forward pass, scores = query . key and out += probabilities . value, for each kind of
+// arithmetic: how the operands are laid out, and what multiplies them.
+#pragma once
+#include "cpu/kernel/gemm.h"
+#include "cpu/kernel/tiles.h"
+#if defined(__AMX_BF16__)
+#include <immintrin.h>
+#endif
+
+namespace flash_dmattn::cpu::FLASH_DMATTN_ISA {
+
+/// In the kernel's own type. Key panels are transposed, head_dim x 64; value rows stay as they are.
+template <class T>
+struct PlainProduct {
+  using Sum = T;
+  static constexpr std::int64_t kRows = 96;  // of a tile: its scores stay in the second-level cache
+  std::int64_t head_dim, width;              ///< width: head_dim, in whole vectors
+  T *query, *rows, *keys, *values;
+
+  static std::int64_t width_of(std::int64_t head_dim) { return round_up(head_dim, kLanes<T>); }
+
+  PlainProduct(Scratch& scratch, const Chunk& chunk, const Tiles&)
+      : head_dim(chunk.head_dim),
+        width(width_of(head_dim)),
+        query(scratch.take<T>(chunk.queries * chunk.pack * width)),
+        rows(scratch.take<T>(kBlock * width)),
+        keys(scratch.take<T>(kBlock * head_dim)),
+        values(scratch.take<T>(kBlock * width)) {}
+
+  void begin() {}
+  void end() {}
+  void load_query(const Chunk& chunk) { load_queries(chunk, chunk.query, width, query); }
+  void load(const Chunk& chunk, const Block<T>& block) {
+    load_block(chunk, chunk.key, block, width, rows);
+    for (std::int64_t p = 0; p < block.panels; ++p)
+      transpose(rows + p * kPanel * width, width, kPanel, head_dim, keys + p * kPanel * head_dim, kPanel);
+    load_block(chunk, chunk.value, block, width, values);
+  }
+  void scores(const Tile& tile, const Tests& tests, T* out) const {
+    for (const Tests::Run& run : tests)
+      for (std::int64_t p = run.first; p < run.last; ++p)
+        gemm<Fma<T>>(RowMajor<T>{query + tile.first_row * width, width}, keys + p * kPanel * head_dim, kPanel,
+                     out + p * kPanel, kScoreRow, tile.rows, kPanel, head_dim, false);
+  }
+  /// Probabilities take the place of the scores.
+  FLASH_DMATTN_INLINE T* probability_row(T* scores, std::int64_t row) const { return scores + row * kScoreRow; }
+  static FLASH_DMATTN_INLINE void store_probability(T* out, Vec<T> p) { store(out, p); }
+  void add_values(const Tile& tile, const Tests& tests, const T* scores, T* out) const {
+    for (const Tests::Run& run : tests)
+      gemm<Fma<T>>(RowMajor<T>{scores + run.first_key(), kScoreRow}, values + run.first_key() * width, width, out,
+                   width, tile.rows, width, run.keys(), true);
+  }
+};
+
+#if defined(__AVX512BF16__)
+
+#if defined(__AMX_BF16__)
+/// C (m x n, float) += A (m x k pairs) . B (k pairs x n) on tiles of 16 x 16; m, n and k are multiples of 16.
+inline void gemm_on_tiles(const std::int32_t* a, std::int64_t a_row, const std::int32_t* b, std::int64_t b_row,
+                          float* c, std::int64_t c_row, std::int64_t m, std::int64_t n, std::int64_t k_count,
+                          bool accumulate) {
+  const std::int64_t a_bytes = a_row * 4, b_bytes = b_row * 4, c_bytes = c_row * 4;
+  std::int64_t j = 0;
+  for (; j + 32 <= n; j += 32) {
+    std::int64_t i = 0;
+    for (; i + 32 <= m; i += 32) {  // sums in tiles 0 to 3, two tiles of A, two of B
+      float* out = c + i * c_row + j;
+      if (accumulate) {
+        _tile_loadd(0, out, c_bytes);
+        _tile_loadd(1, out + 16, c_bytes);
+        _tile_loadd(2, out + 16 * c_row, c_bytes);
+        _tile_loadd(3, out + 16 * c_row + 16, c_bytes);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (std::int64_t k = 0; k < k_count; k += 16) {
+        _tile_loadd(4, a + i * a_row + k, a_bytes);
+        _tile_loadd(6, b + k * b_row + j, b_bytes);
+        _tile_loadd(7, b + k * b_row + j + 16, b_bytes);
+        _tile_loadd(5, a + (i + 16) * a_row + k, a_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, out, c_bytes);
+      _tile_stored(1, out + 16, c_bytes);
+      _tile_stored(2, out + 16 * c_row, c_bytes);
+      _tile_stored(3, out + 16 * c_row + 16, c_bytes);
+    }
+    for (; i < m; i += 16) {
+      float* out = c + i * c_row + j;
+      if (accumulate) {
+        _tile_loadd(0, out, c_bytes);
+        _tile_loadd(1, out + 16, c_bytes);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+      }
+      for (std::int64_t k = 0; k < k_count; k += 16) {
+        _tile_loadd(4, a + i * a_row + k, a_bytes);
+        _tile_loadd(6, b + k * b_row + j, b_bytes);
+        _tile_loadd(7, b + k * b_row + j + 16, b_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      _tile_stored(0, out, c_bytes);
+      _tile_stored(1, out + 16, c_bytes);
+    }
+  }
+  for (; j < n; j += 16)
+    for (std::int64_t i = 0; i < m; i += 16) {
+      float* out = c + i * c_row + j;
+      if (accumulate)
+        _tile_loadd(0, out, c_bytes);
+      else
+        _tile_zero(0);
+      for (std::int64_t k = 0; k < k_count; k += 16) {
+        _tile_loadd(4, a + i * a_row + k, a_bytes);
+        _tile_loadd(6, b + k * b_row + j, b_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+      }
+      _tile_stored(0, out, c_bytes);
+    }
+}
+#endif
+
+/// With bfloat16 operands and float sums. An element is a pair of neighbours along the sum: of the head dim in key
+/// panels (head_dim / 2 x 64), of the keys in values (keys / 2 x width).
+struct PairProduct {
+  using Sum = float;
+  static constexpr std::int64_t kRows = 32;  // of a tile: its scores stay in the first-level cache
+  std::int64_t width;                        ///< of output rows: head_dim, in whole vectors
+  std::int64_t pairs;                        ///< of the head dim, zeros included: a multiple of 16
+  std::int64_t head_dim;
+  BFloat16 *query, *rows, *probabilities;
+  std::int32_t *keys, *values;
+
+  static std::int64_t width_of(std::int64_t head_dim) { return round_up(head_dim, kLanes<float>); }
+
+  PairProduct(Scratch& scratch, const Chunk& chunk, const Tiles& tiles)
+      : width(width_of(chunk.head_dim)),
+        pairs(round_up(chunk.head_dim, 32) / 2),
+        head_dim(chunk.head_dim),
+        query(scratch.take<BFloat16>(chunk.queries * chunk.pack * pairs * 2)),
+        rows(scratch.take<BFloat16>(kBlock * pairs * 2)),
+        probabilities(scratch.take<BFloat16>(tiles.most_rows() * kScoreRow)),
+        keys(scratch.take<std::int32_t>(kBlock * pairs)),
+        values(scratch.take<std::int32_t>(kBlock / 2 * width)) {}
+
+  void begin() {
+#if defined(__AMX_BF16__)
+    struct alignas(64) {
+      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      std::uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+#endif
+  }
+  void end() {
+#if defined(__AMX_BF16__)
+    _tile_release();
+#endif
+  }
+  void load_query(const Chunk& chunk) {
+    BFloat16* out = query;
+    for (std::int64_t i = 0; i < chunk.queries; ++i)
+      for (std::int64_t g = 0; g < chunk.pack; ++g, out += pairs * 2)
+        copy_row(row_of(chunk.query, i, g), head_dim, pairs * 2, out);
+  }
+  void load(const Chunk& chunk, const Block<float>& block) {
+    load_rows(chunk.key, block);
+    for (std::int64_t p = 0; p < block.panels; ++p)
+      transpose(reinterpret_cast<const std::int32_t*>(rows) + p * kPanel * pairs, pairs, kPanel, pairs,
+                keys + p * kPanel * pairs, kPanel);
+    load_rows(chunk.value, block);
+    for (std::int64_t i = 0; i < block.panels * kPanel; i += 2) {
+      const BFloat16 *even = rows + i * pairs * 2, *odd = even + pairs * 2;
+      std::int32_t* out = values + i / 2 * width;
+      for (std::int64_t d = 0; d < width; ++d)
+        out[d] = static_cast<std::int32_t>(even[d].bits | static_cast<std::uint32_t>(odd[d].bits) << 16);
+    }
+  }
+  void scores(const Tile& tile, const Tests& tests, float* out) const {
+    for (const Tests::Run& run : tests)
+      for (std::int64_t p = run.first; p < run.last; ++p)
+        multiply(query + tile.first_row * pairs * 2, pairs, keys + p * kPanel * pairs, kPanel, out + p * kPanel,
+                 kScoreRow, tile.rows, kPanel, pairs, false);
+  }
+  FLASH_DMATTN_INLINE BFloat16* probability_row(float*, std::int64_t row) const { return probabilities + row * kScoreRow; }
+  static FLASH_DMATTN_INLINE void store_probability(BFloat16* out, Vec<float> p) {
+    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)(p));
+    __builtin_memcpy(out, &narrow, sizeof(narrow));
+  }
+  void add_values(const Tile& tile, const Tests& tests, const float*, float* out) const {
+    for (const Tests::Run& run : tests)
+      multiply(probabilities + run.first_key(), kScoreRow / 2, values + run.first_key() / 2 * width, width, out, width,
+               tile.rows, width, run.keys() / 2, true);
+  }
+
+ private:
+  static void copy_row(const char* in, std::int64_t n, std::int64_t padded, BFloat16* out) {
+    __builtin_memcpy(out, in, static_cast<std::size_t>(n) * sizeof(BFloat16));
+    for (std::int64_t d = n; d < padded; ++d) out[d] = {0};
+  }
+  void load_rows(const Rows& from, const Block<float>& block) {
+    BFloat16* out = rows;
+    for (std::int64_t i = 0; i < block.panels * kPanel; ++i, out += pairs * 2)
+      copy_row(row_of(from, i < block.count ? block.key[i] : 0), i < block.count ? head_dim : 0, pairs * 2, out);
+  }
+  static void multiply(const BFloat16* a, std::int64_t a_row, const std::int32_t* b, std::int64_t b_row, float* c,
+                       std::int64_t c_row, std::int64_t m, std::int64_t n, std::int64_t k, bool accumulate) {
+    const auto* a_pairs = reinterpret_cast<const std::int32_t*>(a);
+    std::int64_t done = 0;
+#if defined(__AMX_BF16__)
+    done = m / 16 * 16;
+    gemm_on_tiles(a_pairs, a_row, b, b_row, c, c_row, done, n, k, accumulate);
+#endif
+    gemm<DotBf16>(RowMajor<std::int32_t>{a_pairs + done * a_row, a_row}, b, b_row, c + done * c_row, c_row, m - done, n,
+                  k, accumulate);
+  }
+};
+
+#endif
+
+}  // namespace flash_dmattn::cpu::FLASH_DMATTN_ISA
