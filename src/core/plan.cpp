@@ -48,16 +48,17 @@ Plan::Lists::Lists(const Problem& problem, const Threads& threads)
     if (end_->size[0] == 1) end_->stride[0] = 0;
     if (end_->size[1] == 1) end_->stride[1] = 0;
   }
+  bool per_head = false;
   const auto broadcast_over = [&](const auto& view) {
     if (view.size[0] != 1) list_batch_ = shape.batch;
-    if (view.size[1] != 1) list_heads_ = shape.kv_heads;
+    per_head |= view.size[1] != 1;
     if (view.size[1] == shape.heads && shape.heads != shape.kv_heads) pack = 1;
   };
   if (rows_ && rows_->size[1] == shape.heads && shape.heads != shape.kv_heads) pack = 1;
   if (columns_) broadcast_over(*columns_);
   if (dense_) broadcast_over(*dense_);
   if (end_) broadcast_over(*end_);
-  if (list_heads_ != 1) list_heads_ = units_of_heads();
+  if (per_head) list_heads_ = units_of_heads();
   chunk = choose_chunk(shape, pack);
   lists_.resize(static_cast<std::size_t>(list_batch_ * list_heads_ * chunks()));
   if (lists_.empty()) return;

@@ -94,25 +94,27 @@ Rows rows_from(const View<4>& view, std::int64_t b, std::int64_t i, std::int64_t
           view.dtype};
 }
 
-/// The part of a (batch, heads, query, key) tensor with broadcast dimensions that a chunk sees.
-Bias bias_from(const View<4>& full, const Shape& shape, std::int64_t pack, std::int64_t b, std::int64_t head,
+/// The part of a (batch, heads, query, key) tensor with broadcast dimensions, of size 1, that a chunk sees.
+Bias bias_from(View<4> view, const Shape& shape, std::int64_t pack, std::int64_t b, std::int64_t head,
                std::int64_t query) {
-  const View<4> view = without_expand(full);
+  for (std::size_t i = 0; i < 4; ++i)
+    if (view.size[i] == 1) view.stride[i] = 0;
   const std::int64_t size = bytes(view.dtype);
-  return {address(view, b * (view.size[0] > 1), shape.broadcast_head(view.size[1], head) * (view.size[1] > 1),
-                  query * (view.size[2] > 1), 0),
+  const bool per_head = view.size[1] == shape.heads && pack > 1 && view.size[1] > 1;
+  return {address(view, b, shape.broadcast_head(view.size[1], head), query, 0),
           view.stride[2] * size,
-          view.size[1] == shape.heads && pack > 1 ? view.stride[1] * size : 0,
+          per_head ? view.stride[1] * size : 0,
           view.stride[3] * size,
           view.dtype,
           view.size[2] > 1,
-          view.size[1] == shape.heads && pack > 1 && view.size[1] > 1};
+          per_head};
 }
 
 /// Index arithmetic over the tasks of a pass.
 struct Tasks {
   const Problem& problem;
   const Plan::Lists& plan;
+  std::optional<View<4>> bias = problem.bias ? std::optional(without_expand(*problem.bias)) : std::nullopt;
   std::int64_t rows = plan.shape.batch * plan.units_of_heads();  ///< (batch, unit) pairs
   std::int64_t chunks = plan.chunks();
 
@@ -127,7 +129,7 @@ struct Tasks {
             .query = rows_from(problem.query, b, query, head),
             .key = rows_from(problem.key, b, 0, kv_head),
             .value = rows_from(problem.value, b, 0, kv_head),
-            .bias = problem.bias ? bias_from(*problem.bias, plan.shape, plan.pack, b, head, query) : Bias{},
+            .bias = bias ? bias_from(*bias, plan.shape, plan.pack, b, head, query) : Bias{},
             .keys = plan.keys(b, unit, index),
             .scale = problem.scale,
             .softcap = problem.softcap,
@@ -280,7 +282,8 @@ void backward(const Problem& problem, const Plan& plan, const Output& output, co
   check(problem, input_gradient);
   const Plan::Lists& lists = plan.lists();
   const Shape& shape = lists.shape;
-  const Tasks tasks{problem, lists};
+  Tasks tasks{problem, lists};
+  if (input_gradient.bias) tasks.bias = problem.bias;  // its gradient has every size of it, expanded or not
   const Kernels& kernels = instruction_set().kernels(problem.query.dtype);
   const DType sum = kernels.sum;
   const Sums key_sums(input_gradient.key, sum), value_sums(input_gradient.value, sum);

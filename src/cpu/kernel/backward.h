@@ -52,8 +52,8 @@ class Backward {
         delta_(scratch.take<T>(rows(chunk))),
         key_rows_(scratch.take<T>(kBlock * width_)),
         value_rows_(scratch.take<T>(kBlock * width_)),
-        key_panels_(scratch.take<T>(kBlock * chunk.head_dim)),
-        value_panels_(scratch.take<T>(kBlock * chunk.head_dim)),
+        key_panels_(scratch.take<T>(kBlock * width_)),
+        value_panels_(scratch.take<T>(kBlock * width_)),
         scores_(scratch.take<T>(tiles_.most_rows() * kScoreRow)),
         grad_scores_(scratch.take<T>(tiles_.most_rows() * kScoreRow)) {}
 
@@ -121,10 +121,8 @@ class Backward {
     load_block(chunk, chunk.key, block_, width_, key_rows_);
     load_block(chunk, chunk.value, block_, width_, value_rows_);
     for (std::int64_t p = 0; p < block_.panels; ++p) {
-      transpose(key_rows_ + p * kPanel * width_, width_, kPanel, chunk.head_dim,
-                key_panels_ + p * kPanel * chunk.head_dim, kPanel);
-      transpose(value_rows_ + p * kPanel * width_, width_, kPanel, chunk.head_dim,
-                value_panels_ + p * kPanel * chunk.head_dim, kPanel);
+      transpose(key_rows_ + p * kPanel * width_, width_, kPanel, width_, key_panels_ + p * kPanel * width_, kPanel);
+      transpose(value_rows_ + p * kPanel * width_, width_, kPanel, width_, value_panels_ + p * kPanel * width_, kPanel);
     }
   }
 
@@ -132,7 +130,7 @@ class Backward {
   void products(const T* rows, const T* panels, const Tile& tile, const Tests& tests, T* out) const {
     for (const Tests::Run& run : tests)
       for (std::int64_t p = run.first; p < run.last; ++p)
-        gemm<Fma<T>>(RowMajor<T>{rows, width_}, panels + p * kPanel * head_dim_, kPanel, out + p * kPanel, kScoreRow,
+        gemm<Fma<T>>(RowMajor<T>{rows, width_}, panels + p * kPanel * width_, kPanel, out + p * kPanel, kScoreRow,
                      tile.rows, kPanel, head_dim_, false);
   }
   /// sum over the rows of the tile of (a score for each key) x (a row of numbers)
@@ -254,7 +252,7 @@ class Backward {
   T *query_, *grad_out_, *grad_query_;  // rows x width
   T *lse_, *delta_;                     // by row; lse in base 2
   T *key_rows_, *value_rows_;           // of a block: keys x width
-  T *key_panels_, *value_panels_;       // transposed, panel by panel: head_dim x 64
+  T *key_panels_, *value_panels_;       // transposed, panel by panel: width x 64
   T *scores_, *grad_scores_;            // tile rows x kScoreRow
   T bias_row_[kBlock];
 };

@@ -95,7 +95,7 @@ void store_row(DType dtype, const T* in, T factor, std::int64_t n, void* out) {
   with_storage(
       dtype, [&](auto storage) __attribute__((always_inline)) {
         auto* row = static_cast<decltype(storage)*>(out);
-        if constexpr (sizeof(storage) == 8 || sizeof(T) == 4)
+        if constexpr (sizeof(storage) >= 4 || sizeof(T) == 4)
           for (std::int64_t i = 0; i < n; ++i) narrow(in[i] * factor, row + i);
       });
 }

@@ -37,8 +37,8 @@ class Forward {
         bias_(scratch, chunk, tiles_.most_rows()),
         scores_(scratch.take<T>(tiles_.most_rows() * kScoreRow)),
         sum_(scratch.take<T>(chunk.queries * chunk.pack * product_.width)),
-        row_max_(scratch.take<T>(chunk.queries * chunk.pack)),
-        row_sum_(scratch.take<T>(chunk.queries * chunk.pack)) {}
+        row_base_(scratch.take<T>(chunk.queries * chunk.pack)),
+        row_sum_(scratch.take<T>(chunk.queries * chunk.pack * kLanes<T>)) {}
 
   void attend(const ForwardTask& task) {
     const Chunk& chunk = task.chunk;
@@ -67,8 +67,8 @@ class Forward {
 
   void begin(const Chunk& chunk) {
     for (std::int64_t r = 0; r < chunk.queries * chunk.pack; ++r) {
-      row_max_[r] = -kInfinity;
-      row_sum_[r] = 0;
+      row_base_[r] = -kInfinity;
+      store(row_sum_ + r * kLanes<T>, Vec<T>{});
     }
     for (std::int64_t i = 0; i < chunk.queries * chunk.pack * product_.width; ++i) sum_[i] = 0;
   }
@@ -85,71 +85,78 @@ class Forward {
       }
   }
 
-  /// One row's scores become probabilities relative to the largest logit so far; older sums shrink when it grows.
+  /// One row's scores become probabilities relative to a base that no logit so far is above.
   template <bool capped>
   FLASH_DMATTN_INLINE void softmax_row(const Tile& tile, const Tests& tests, std::int64_t query, std::int64_t r,
                                        const T* bias) {
-    constexpr int lanes = kLanes<T>;
+    constexpr int lanes = kLanes<T>, vectors = kPanel / lanes;
     T* row = scores_ + r * kScoreRow;
     const auto position = positions_.of[query];
-    Vec<T> largest = broadcast<T>(-kInfinity);
+    Vec<T> largest[vectors];  // side by side, as the sums below: one alone would wait for itself
+    for (Vec<T>& l : largest) l = broadcast<T>(-kInfinity);
     for (const Tests::Run& run : tests)
       for (std::int64_t p = run.first; p < run.last; ++p) {
         T* panel = row + p * kPanel;
-        const T* panel_bias = bias + p * kPanel;
-        if (tests.of[p] == Test::none) {
-          for (int j = 0; j < kPanel; j += lanes) {
-            const Vec<T> x = logit_.template operator()<capped>(load(panel + j), load(panel_bias + j));
+        const auto logits = [&](auto test) __attribute__((always_inline)) {
+          for (int v = 0; v < vectors; ++v) {
+            const int j = v * lanes;
+            const Vec<T> x = test(logit_.template operator()<capped>(load(panel + j), load(bias + p * kPanel + j)), j);
             store(panel + j, x);
-            largest = max<T>(largest, x);
+            largest[v] = max<T>(largest[v], x);
           }
+        };
+        if (tests.of[p] == Test::none) {
+          logits([](Vec<T> x, int) __attribute__((always_inline)) { return x; });
         } else {
           const std::uint64_t word = tests.of[p] == Test::bits ? positions_.word(block_, query, p) : 0;
-          for (int j = 0; j < kPanel; j += lanes) {
-            const Vec<T> x = masked<T>(logit_.template operator()<capped>(load(panel + j), load(panel_bias + j)),
-                                       tests.of[p], block_, p, j, position, word);
-            store(panel + j, x);
-            largest = max<T>(largest, x);
-          }
+          logits([&](Vec<T> x, int j) __attribute__((always_inline)) {
+            return masked<T>(x, tests.of[p], block_, p, j, position, word);
+          });
         }
       }
-    T& row_max = row_max_[tile.first_row + r];
-    T& row_sum = row_sum_[tile.first_row + r];
-    const T new_max = max<T>(broadcast<T>(row_max), broadcast<T>(max_of_lanes<T>(largest)))[0];
-    const T base = new_max == -kInfinity ? 0 : new_max;  // a row that sees nothing yet
-    if (new_max > row_max) {
-      const T shrink = exp2<T>(row_max - base);
-      row_sum *= shrink;
-      T* sum = sum_ + (tile.first_row + r) * product_.width;
-      for (std::int64_t d = 0; d < product_.width; d += lanes) store(sum + d, load(sum + d) * shrink);
-      row_max = new_max;
-    }
-    // Several sums side by side: one alone would wait for itself.
-    constexpr int vectors = kPanel / lanes;
+    for (int v = 1; v < vectors; ++v) largest[0] = max<T>(largest[0], largest[v]);
+    const std::int64_t row_of_chunk = tile.first_row + r;
+    T* row_sum = row_sum_ + row_of_chunk * lanes;
+    if (any_greater<T>(largest[0], row_base_[row_of_chunk])) raise_base(row_of_chunk, max_of_lanes<T>(largest[0]));
+    const T base = row_base_[row_of_chunk] == -kInfinity ? 0 : row_base_[row_of_chunk];  // a row that sees nothing yet
     const auto probabilities = product_.probability_row(scores_, r);
     Vec<T> total[vectors] = {};
     for (const Tests::Run& run : tests)
-      for (std::int64_t j = run.first_key(); j < run.last * kPanel; j += kPanel)
+      for (std::int64_t j = run.first_key(); j < run.last * kPanel; j += kPanel) {
+        Vec<T> probability[vectors];
         for (int v = 0; v < vectors; ++v) {
-          const Vec<T> probability = exp2<T>(load(row + j + v * lanes) - base);
-          Product::store_probability(probabilities + j + v * lanes, probability);
-          total[v] += probability;
+          probability[v] = exp2<T, typename Product::Exponential>(load(row + j + v * lanes), base);
+          total[v] += probability[v];
         }
+        Product::store_probabilities(probabilities + j, probability);
+      }
     for (int v = 1; v < vectors; ++v) total[0] += total[v];
-    row_sum += sum_of_lanes<T>(total[0]);
+    store(row_sum, load(row_sum) + total[0]);
   }
 
-  static void write_row(const ForwardTask& task, std::int64_t query, std::int64_t head, const T* sum, T largest,
-                        T total) {
+  /// The sums so far become relative to a larger base: an integer, so that they shrink without a rounding error.
+  void raise_base(std::int64_t row, T largest) {
+    const T base = ceil(largest), shrink = row_base_[row] == -kInfinity ? 0 : exp2<T>(row_base_[row] - base);
+    row_base_[row] = base;
+    const auto scale = [shrink](T* sum, std::int64_t n) {
+      for (std::int64_t d = 0; d < n; d += kLanes<T>) store(sum + d, load(sum + d) * shrink);
+    };
+    scale(row_sum_ + row * kLanes<T>, kLanes<T>);
+    scale(sum_ + row * product_.width, product_.width);
+  }
+
+  static void write_row(const ForwardTask& task, std::int64_t query, std::int64_t head, const T* sum, T base, T total) {
     store_row<T>(task.out.dtype, sum, total > 0 ? 1 / total : 0, task.chunk.head_dim, row_of(task.out, query, head));
     *reinterpret_cast<T*>(task.lse + query * task.lse_query + head * task.lse_head) =
-        total > 0 ? (largest + log2(total)) * static_cast<T>(kLn2) : static_cast<T>(-kInfinity);
+        total > 0 ? (base + log2(total)) * static_cast<T>(kLn2) : static_cast<T>(-kInfinity);
   }
+  T row_total(std::int64_t row) const { return sum_of_lanes<T>(load(row_sum_ + row * kLanes<T>)); }
+
   void write(const ForwardTask& task) const {
     for (std::int64_t i = 0; i < task.chunk.queries; ++i)
       for (std::int64_t g = 0; g < task.chunk.pack; ++g) {
         const std::int64_t r = i * task.chunk.pack + g;
-        write_row(task, i, g, sum_ + r * product_.width, row_max_[r], row_sum_[r]);
+        write_row(task, i, g, sum_ + r * product_.width, row_base_[r], row_total(r));
       }
   }
   void write_partial(const ForwardTask& task) const {
@@ -157,8 +164,8 @@ class Forward {
     T* out = static_cast<T*>(task.partial);
     for (std::int64_t r = 0; r < task.chunk.queries * task.chunk.pack; ++r, out += head_dim + 2) {
       for (std::int64_t d = 0; d < head_dim; ++d) out[d] = sum_[r * product_.width + d];
-      out[head_dim] = row_max_[r];
-      out[head_dim + 1] = row_sum_[r];
+      out[head_dim] = row_base_[r];
+      out[head_dim + 1] = row_total(r);
     }
   }
 
@@ -168,9 +175,10 @@ class Forward {
   Positions<T> positions_;
   BiasRows<T> bias_;
   Block<T> block_;
-  T* scores_;  // tile rows x kScoreRow: products, then logits, then (in place, if the product wants) probabilities
-  T* sum_;     // rows x width: of probability * value
-  T *row_max_, *row_sum_;  // by row: the largest logit in base 2, the sum of probabilities
+  T* scores_;    // tile rows x kScoreRow: products, then logits, then (in place, if the product wants) probabilities
+  T* sum_;       // rows x width: of probability * value
+  T* row_base_;  // by row: an integer that no logit so far, in base 2, is above; -inf at first
+  T* row_sum_;   // rows x lanes: of probabilities
 };
 
 template <class Product>
@@ -189,7 +197,7 @@ void Forward<Product>::combine(const ForwardTask& task, const void* partials, st
       for (std::int64_t s = 0; s < count; ++s) largest = part(s)[head_dim] > largest ? part(s)[head_dim] : largest;
       for (std::int64_t d = 0; d < head_dim; ++d) sum[d] = 0;
       for (std::int64_t s = 0; s < count && largest > -kInfinity; ++s) {
-        const T share = exp2<T>(part(s)[head_dim] - largest);
+        const T share = part(s)[head_dim] == -kInfinity ? 0 : exp2<T>(part(s)[head_dim] - largest);
         total += part(s)[head_dim + 1] * share;
         for (std::int64_t d = 0; d < head_dim; ++d) sum[d] += part(s)[d] * share;
       }

@@ -9,10 +9,11 @@
 
 namespace flash_dmattn::cpu::FLASH_DMATTN_ISA {
 
-/// In the kernel's own type. Key panels are transposed, head_dim x 64; value rows stay as they are.
+/// In the kernel's own type. Key panels are transposed, width x 64; value rows stay as they are.
 template <class T>
 struct PlainProduct {
   using Sum = T;
+  using Exponential = Exp2<T>;
   static constexpr std::int64_t kRows = 96;  // of a tile: its scores stay in the second-level cache
   std::int64_t head_dim, width;              ///< width: head_dim, in whole vectors
   T *query, *rows, *keys, *values;
@@ -24,7 +25,7 @@ struct PlainProduct {
         width(width_of(head_dim)),
         query(scratch.take<T>(chunk.queries * chunk.pack * width)),
         rows(scratch.take<T>(kBlock * width)),
-        keys(scratch.take<T>(kBlock * head_dim)),
+        keys(scratch.take<T>(kBlock * width)),
         values(scratch.take<T>(kBlock * width)) {}
 
   void begin() {}
@@ -33,18 +34,20 @@ struct PlainProduct {
   void load(const Chunk& chunk, const Block<T>& block) {
     load_block(chunk, chunk.key, block, width, rows);
     for (std::int64_t p = 0; p < block.panels; ++p)
-      transpose(rows + p * kPanel * width, width, kPanel, head_dim, keys + p * kPanel * head_dim, kPanel);
+      transpose(rows + p * kPanel * width, width, kPanel, width, keys + p * kPanel * width, kPanel);
     load_block(chunk, chunk.value, block, width, values);
   }
   void scores(const Tile& tile, const Tests& tests, T* out) const {
     for (const Tests::Run& run : tests)
       for (std::int64_t p = run.first; p < run.last; ++p)
-        gemm<Fma<T>>(RowMajor<T>{query + tile.first_row * width, width}, keys + p * kPanel * head_dim, kPanel,
+        gemm<Fma<T>>(RowMajor<T>{query + tile.first_row * width, width}, keys + p * kPanel * width, kPanel,
                      out + p * kPanel, kScoreRow, tile.rows, kPanel, head_dim, false);
   }
   /// Probabilities take the place of the scores.
   FLASH_DMATTN_INLINE T* probability_row(T* scores, std::int64_t row) const { return scores + row * kScoreRow; }
-  static FLASH_DMATTN_INLINE void store_probability(T* out, Vec<T> p) { store(out, p); }
+  static FLASH_DMATTN_INLINE void store_probabilities(T* out, const Vec<T> (&panel)[kPanel / kLanes<T>]) {
+    for (int v = 0; v < kPanel / kLanes<T>; ++v) store(out + v * kLanes<T>, panel[v]);
+  }
   void add_values(const Tile& tile, const Tests& tests, const T* scores, T* out) const {
     for (const Tests::Run& run : tests)
       gemm<Fma<T>>(RowMajor<T>{scores + run.first_key(), kScoreRow}, values + run.first_key() * width, width, out,
@@ -132,7 +135,8 @@ inline void gemm_on_tiles(const std::int32_t* a, std::int64_t a_row, const std::
 /// panels (head_dim / 2 x 64), of the keys in values (keys / 2 x width).
 struct PairProduct {
   using Sum = float;
-  static constexpr std::int64_t kRows = 32;  // of a tile: its scores stay in the first-level cache
+  using Exponential = CoarseExp2;
+  static constexpr std::int64_t kRows = 64;  // of a tile: its scores stay in the first-level cache
   std::int64_t width;                        ///< of output rows: head_dim, in whole vectors
   std::int64_t pairs;                        ///< of the head dim, zeros included: a multiple of 16
   std::int64_t head_dim;
@@ -191,10 +195,14 @@ struct PairProduct {
         multiply(query + tile.first_row * pairs * 2, pairs, keys + p * kPanel * pairs, kPanel, out + p * kPanel,
                  kScoreRow, tile.rows, kPanel, pairs, false);
   }
-  FLASH_DMATTN_INLINE BFloat16* probability_row(float*, std::int64_t row) const { return probabilities + row * kScoreRow; }
-  static FLASH_DMATTN_INLINE void store_probability(BFloat16* out, Vec<float> p) {
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)(p));
-    __builtin_memcpy(out, &narrow, sizeof(narrow));
+  FLASH_DMATTN_INLINE BFloat16* probability_row(float*, std::int64_t row) const {
+    return probabilities + row * kScoreRow;
+  }
+  static FLASH_DMATTN_INLINE void store_probabilities(BFloat16* out, const Vec<float> (&panel)[kPanel / 16]) {
+    for (int v = 0; v < kPanel / 16; v += 2) {
+      const __m512bh narrow = _mm512_cvtne2ps_pbh((__m512)(panel[v + 1]), (__m512)(panel[v]));
+      __builtin_memcpy(out + v * 16, &narrow, sizeof(narrow));
+    }
   }
   void add_values(const Tile& tile, const Tests& tests, const float*, float* out) const {
     for (const Tests::Run& run : tests)
@@ -209,8 +217,10 @@ struct PairProduct {
   }
   void load_rows(const Rows& from, const Block<float>& block) {
     BFloat16* out = rows;
-    for (std::int64_t i = 0; i < block.panels * kPanel; ++i, out += pairs * 2)
+    for (std::int64_t i = 0; i < block.panels * kPanel; ++i, out += pairs * 2) {
+      prefetch_row(from, block, i + kRowsAhead);
       copy_row(row_of(from, i < block.count ? block.key[i] : 0), i < block.count ? head_dim : 0, pairs * 2, out);
+    }
   }
   static void multiply(const BFloat16* a, std::int64_t a_row, const std::int32_t* b, std::int64_t b_row, float* c,
                        std::int64_t c_row, std::int64_t m, std::int64_t n, std::int64_t k, bool accumulate) {

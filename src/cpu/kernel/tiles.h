@@ -61,6 +61,7 @@ struct Block {
   using Int = typename Lane<T>::Int;
   static constexpr Int kNever = -0x7fffffff - 1, kForEver = 0x7fffffff;
   std::int64_t first_key, count, panels;  // in the list; keys; panels that hold them
+  std::int64_t row_bytes;                 // of a key's row in the caller's memory
   std::int32_t key[kBlock];               // absolute positions
   alignas(64) Int start[kBlock];
   alignas(64) Int end[kBlock];
@@ -72,6 +73,7 @@ struct Block {
     first_key = first;
     count = last - first;
     panels = (count + kPanel - 1) / kPanel;
+    row_bytes = chunk.head_dim * (chunk.key.dtype == DType::float64 ? 8 : chunk.key.dtype == DType::float32 ? 4 : 2);
     std::int32_t starts[kBlock], ends[kBlock];
     read_intervals(chunk, first, count, key, starts, ends);
     for (std::int64_t p = 0; p < panels; ++p) {
@@ -211,17 +213,18 @@ struct BiasRows {
   }
 };
 
-/// Rows [0, rows) x columns [0, columns) of `in` become columns x rows: out[c * out_row + r] = in[r * in_row + c].
+/// Rows x columns of `in` become columns x rows: out[c * out_row + r] = in[r * in_row + c]. Both are multiples of the
+/// lanes.
 template <class E>
 void transpose(const E* in, std::int64_t in_row, std::int64_t rows, std::int64_t columns, E* out,
                std::int64_t out_row) {
-  constexpr std::int64_t square = 16;
-  for (std::int64_t c0 = 0; c0 < columns; c0 += square)
-    for (std::int64_t r0 = 0; r0 < rows; r0 += square) {
-      const std::int64_t c1 = c0 + square < columns ? c0 + square : columns,
-                         r1 = r0 + square < rows ? r0 + square : rows;
-      for (std::int64_t c = c0; c < c1; ++c)
-        for (std::int64_t r = r0; r < r1; ++r) out[c * out_row + r] = in[r * in_row + c];
+  constexpr int side = kLanes<E>;
+  for (std::int64_t c = 0; c < columns; c += side)
+    for (std::int64_t r = 0; r < rows; r += side) {
+      Vec<E> square[side];
+      for (int i = 0; i < side; ++i) square[i] = load(in + (r + i) * in_row + c);
+      transpose_square<E>(square);
+      for (int i = 0; i < side; ++i) store(out + (c + i) * out_row + r, square[i]);
     }
 }
 
@@ -229,11 +232,21 @@ FLASH_DMATTN_INLINE char* row_of(const Rows& rows, std::int64_t i, std::int64_t 
   return rows.data + i * rows.row + head * rows.head;
 }
 
+/// A key's row is rarely where the machine expects the next one: it is asked for some rows ahead.
+constexpr std::int64_t kRowsAhead = 8;
+template <class T>
+FLASH_DMATTN_INLINE void prefetch_row(const Rows& from, const Block<T>& block, std::int64_t i) {
+  if (i >= block.count) return;
+  const char* row = row_of(from, block.key[i]);
+  for (std::int64_t line = 0; line < block.row_bytes; line += 64) __builtin_prefetch(row + line);
+}
+
 /// The rows of a block's keys or values, widened and padded with zeros: `width` numbers each, whole panels.
 template <class T>
 void load_block(const Chunk& chunk, const Rows& from, const Block<T>& block, std::int64_t width, T* out) {
   for (std::int64_t i = 0; i < block.panels * kPanel; ++i, out += width) {
     const std::int64_t filled = i < block.count ? chunk.head_dim : 0;
+    prefetch_row(from, block, i + kRowsAhead);
     if (filled > 0) load_row(from.dtype, row_of(from, block.key[i]), filled, out);
     for (std::int64_t d = filled; d < width; ++d) out[d] = 0;
   }

@@ -7,6 +7,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #ifndef FLASH_DMATTN_ISA
 #error "compile through a file in src/cpu/isa"
@@ -86,6 +89,36 @@ FLASH_DMATTN_INLINE Vec<T> reduce(Vec<T> v, Combine combine) {
   } else {
     return reduce<T, step / 2>(combine(v, exchange<step>(v, typename MakeLanes<T>::Type{})), combine);
   }
+}
+/// Rows i and i + step trade the quarters that a transposition moves between them.
+template <int step, class T, int... lane>
+FLASH_DMATTN_INLINE void trade(Vec<T>& a, Vec<T>& b, Lanes<T, lane...>) {
+  constexpr int n = kLanes<T>;
+  const Vec<T> first = __builtin_shufflevector(a, b, ((lane & step) ? n + (lane ^ step) : lane)...);
+  b = __builtin_shufflevector(a, b, ((lane & step) ? n + lane : (lane ^ step))...);
+  a = first;
+}
+/// As many rows as lanes become columns.
+template <class T, int step = kLanes<T> / 2>
+FLASH_DMATTN_INLINE void transpose_square(Vec<T> (&row)[kLanes<T>]) {
+  if constexpr (step > 0) {
+    for (int i = 0; i < kLanes<T>; ++i)
+      if ((i & step) == 0) trade<step>(row[i], row[i + step], typename MakeLanes<T>::Type{});
+    transpose_square<T, step / 2>(row);
+  }
+}
+template <class T>
+FLASH_DMATTN_INLINE bool any_greater(Vec<T> v, T limit) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask((__m512)(v), (__m512)(broadcast<T>(limit)), _CMP_GT_OQ) != 0;
+  else
+    return _mm512_cmp_pd_mask((__m512d)(v), (__m512d)(broadcast<T>(limit)), _CMP_GT_OQ) != 0;
+#else
+  for (int i = 0; i < kLanes<T>; ++i)
+    if (v[i] > limit) return true;
+  return false;
+#endif
 }
 template <class T>
 FLASH_DMATTN_INLINE T max_of_lanes(Vec<T> v) {
