@@ -1,0 +1,33 @@
+"""Attention where each query attends to the best-scored keys that it may see."""
+
+from .api import (
+    CUDA_AVAILABLE,
+    FLEX_AVAILABLE,
+    TRITON_AVAILABLE,
+    flash_dmattn_func,
+    flash_dmattn_func_auto,
+    flex_dmattn_func,
+    get_available_backends,
+    triton_dmattn_func,
+)
+from .dynamic_mask import DynamicMask
+
+__all__ = [
+    "CUDA_AVAILABLE",
+    "FLEX_AVAILABLE",
+    "TRITON_AVAILABLE",
+    "DynamicMask",
+    "flash_dmattn_func",
+    "flash_dmattn_func_auto",
+    "flex_dmattn_func",
+    "get_available_backends",
+    "triton_dmattn_func",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("flash_dmattn")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,25 @@
+"""The C++ engine on CPU tensors."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import operators
+from ..problem import Problem
+
+DEVICES = ("cpu",)
+MISSING: str | None = None
+
+
+def attention_with_lse(problem: Problem) -> tuple[Tensor, Tensor]:
+    return operators.forward(*problem)
+
+
+def attention(problem: Problem) -> Tensor:
+    return attention_with_lse(problem)[0]
+
+
+def probabilities(problem: Problem, lse: Tensor) -> Tensor:
+    query, key, _, mask, bias, *rest = problem
+    bias = None if bias is None else bias.detach()
+    return operators.probabilities(query.detach(), key.detach(), lse.detach(), mask, bias, *rest)

@@ -1,0 +1,162 @@
+"""From what a user passes to the one description of attention that every backend reads."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from . import checks, operators
+from .dynamic_mask import DynamicMask
+
+
+class Problem(NamedTuple):
+    """Attention, with nothing left to decide. Broadcast dimensions have size 1, whatever they were expanded to.
+
+    visible(q, k) = mask[q, k] and (not is_causal or k <= p) and p < end[k], with p = q + key_len - query_len.
+    """
+
+    query: Tensor  # (B, Q, H, D)
+    key: Tensor  # (B, K, Hk, D)
+    value: Tensor  # (B, K, Hk, D)
+    mask: Tensor | None  # (B | 1, 1 | Hk | H, 1 | Q, 1 | K) bool
+    bias: Tensor | None  # (B | 1, 1 | Hk | H, 1 | Q, 1 | K), the query's dtype or float32
+    end: Tensor | None  # (B | 1, 1 | Hk | H, K) int32
+    scale: float
+    softcap: float  # 0: none
+    is_causal: bool
+
+
+def make_problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | DynamicMask | None,
+    attn_bias: Tensor | None,
+    scale: float | None,
+    is_causal: bool | None,
+    softcap: float | None,
+    keep_window_size: int | None,
+) -> Problem:
+    query, key, value = (_autocast(tensor, query.device.type) for tensor in (query, key, value))
+    checks.check_inputs(query, key, value)
+    checks.check_number("scale", scale, positive=False)
+    checks.check_number("softcap", softcap, positive=True)
+    checks.check_flag("is_causal", is_causal)
+    causal = bool(is_causal)
+
+    bias = mask = end = None
+    if attn_bias is not None:
+        checks.check_bias(attn_bias, query, key)
+        bias = _unexpand_bias(attn_bias)
+    if isinstance(attn_mask, DynamicMask):
+        checks.check_dynamic_mask(attn_mask, query, key)
+        end = attn_mask.end
+        causal = causal or attn_mask.is_causal
+    elif attn_mask is not None:
+        checks.check_mask(attn_mask, query, key)
+        mask = _unexpand(attn_mask)
+        mask = mask if mask.dtype == torch.bool else mask != 0
+
+    if keep_window_size is not None:
+        checks.check_count("keep_window_size", keep_window_size, least=1)
+        if end is not None:
+            raise ValueError(
+                f"keep_window_size is {keep_window_size}; with a DynamicMask as attn_mask, which has one, it takes None"
+            )
+        if attn_bias is None:
+            raise ValueError(
+                f"keep_window_size is {keep_window_size}; without attn_bias, whose values score the keys, it takes None"
+            )
+        score = _unexpand(attn_bias.detach())
+        checks.check_no_nan("attn_bias", score)
+        mask, end = _best_keys(score, mask, keep_window_size, query.size(1), key.size(1), causal)
+
+    return Problem(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        end,
+        scale=query.size(3) ** -0.5 if scale is None else float(scale),
+        softcap=0.0 if softcap is None else float(softcap),
+        is_causal=causal,
+    )
+
+
+def _autocast(tensor: Tensor, device: str) -> Tensor:
+    """In the dtype that the device's matrix products have in an enabled autocast region."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in checks.FLOATING or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+def _unexpand(tensor: Tensor) -> Tensor:
+    """The same values with every expanded dimension (stride 0) at size 1. A view."""
+    for dim in range(tensor.dim()):
+        if tensor.size(dim) > 1 and tensor.stride(dim) == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _unexpand_bias(bias: Tensor) -> Tensor:
+    """`_unexpand` whose gradient, too, takes the memory of the narrow shape.
+
+    Autograd's way back through the narrow view and the expand would write out a gradient of the expanded shape.
+    """
+    narrow = _unexpand(bias)
+    if narrow is bias or not bias.requires_grad or not torch.is_grad_enabled():
+        return narrow
+    if torch.compiler.is_compiling():
+        return narrow  # The compiler fuses the way back.
+    if bias.is_leaf or bias.retains_grad or bias._backward_hooks:
+        return bias  # Its gradient is asked for, in its own shape.
+    base = bias._base
+    if base is None or not base.requires_grad or base.dtype != bias.dtype or not _are_views(bias.grad_fn, base.grad_fn):
+        return narrow
+    return base.as_strided(narrow.size(), narrow.stride(), narrow.storage_offset())
+
+
+def _are_views(node: Any, base: Any) -> bool:
+    """Whether autograd's nodes from a view to its base are PyTorch's own views, which as_strided stands for."""
+    while node is not base and node.next_functions:
+        if isinstance(node, BackwardCFunction) or len(node.next_functions) != 1:
+            return False
+        ((node, _),) = node.next_functions
+        if node is None:
+            return False
+    return True
+
+
+def _best_keys(
+    score: Tensor, mask: Tensor | None, keep_window_size: int, query_len: int, key_len: int, is_causal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """(mask, end) of the keep_window_size best-scored keys that the mask and causality leave visible."""
+    if mask is not None:
+        score, mask = _broadcast(score, mask)
+    if score.size(2) == 1:
+        # Scores and visibility belong to the key alone. Heads are batches here, for a padding of their own.
+        batch, heads = score.shape[:2]
+        score = score.expand(-1, -1, -1, key_len).reshape(batch * heads, 1, key_len)
+        if mask is not None:
+            mask = mask.expand(-1, -1, -1, key_len).reshape(batch * heads, key_len)
+        dynamic = DynamicMask.from_score(
+            score, keep_window_size, is_causal=is_causal, query_len=query_len, key_padding_mask=mask
+        )
+        return None, dynamic.end.view(batch, heads, key_len)
+    score = score.expand(-1, -1, query_len, key_len)
+    if mask is not None:
+        mask = mask.expand(-1, -1, query_len, key_len)
+    return operators.select_keys(score, mask, keep_window_size, is_causal), None
+
+
+def _broadcast(score: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both at one shape, where one may have KV heads and the other query heads."""
+    heads = max(score.size(1), mask.size(1))
+    score, mask = (
+        x if x.size(1) in (1, heads) else x.repeat_interleave(heads // x.size(1), dim=1) for x in (score, mask)
+    )
+    return torch.broadcast_tensors(score, mask)
