@@ -42,7 +42,8 @@ FLASH_DMATTN_INLINE Vec<T> exp2(Vec<T> x, T base = 0) {
   const Vec<T> f = x - (shifted - rounder);
   Vec<T> p = broadcast<T>(C::coefficient[0]);
   for (int i = 1; i < static_cast<int>(sizeof(C::coefficient) / sizeof(T)); ++i) p = p * f + C::coefficient[i];
-  const Vec<T> scaled = (Vec<T>)((IntVec<T>)p + ((IntVec<T>)shifted << C::fraction_bits));
+  using Bits = Vec<typename Lane<T>::Bits>;  // they wrap around where x is out of range
+  const Vec<T> scaled = (Vec<T>)((Bits)p + ((Bits)shifted << C::fraction_bits));
   return x >= C::smallest + base ? scaled : Vec<T>{};
 }
 

@@ -31,10 +31,12 @@ struct Lane;
 template <>
 struct Lane<float> {
   using Int = std::int32_t;
+  using Bits = std::uint32_t;
 };
 template <>
 struct Lane<double> {
   using Int = std::int64_t;
+  using Bits = std::uint64_t;
 };
 
 template <class T>
