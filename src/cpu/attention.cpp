@@ -8,6 +8,9 @@
 #include <memory>
 #include <new>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "core/check.h"
 #include "core/parallel.h"
@@ -38,15 +41,22 @@ namespace {
 /// Aligned memory. Allocated before tasks run, so that no task fails half-way.
 class Memory {
  public:
-  explicit Memory(std::size_t bytes)
-      : data_(static_cast<char*>(std::aligned_alloc(kAlignment, std::max(kAlignment, rounded(bytes))))) {
+  explicit Memory(std::size_t bytes) {
+    const std::size_t alignment = bytes < kHugePage ? kAlignment : kHugePage;
+    const std::size_t size = (std::max<std::size_t>(bytes, 1) + alignment - 1) / alignment * alignment;
+    data_.reset(static_cast<char*>(std::aligned_alloc(alignment, size)));
     if (!data_) throw std::bad_alloc();
+#if defined(__linux__)
+    // Large scratch memory is new at every call: hundreds of times fewer pages to bring in. Where refused, nothing is
+    // lost.
+    if (alignment == kHugePage) madvise(data_.get(), size, MADV_HUGEPAGE);
+#endif
   }
   char* data() const { return data_.get(); }
   static std::size_t rounded(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
  private:
-  static constexpr std::size_t kAlignment = 64;
+  static constexpr std::size_t kAlignment = 64, kHugePage = std::size_t{2} << 20;
   struct Free {
     void operator()(char* p) const { std::free(p); }
   };
@@ -142,6 +152,7 @@ struct Tasks {
   Chunk largest() const {
     Chunk chunk = this->chunk(0, 0);
     chunk.keys.count = plan.longest_list();
+    chunk.keys.bits = nullptr;  // tiles are no smaller without
     return chunk;
   }
   std::int64_t first_head(const Chunk& chunk) const { return chunk.unit * plan.pack; }

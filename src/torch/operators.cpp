@@ -1,5 +1,6 @@
-// The engine as PyTorch operators, on PyTorch's stable ABI: one build loads under every torch >= 2.10. Shapes and strides
-// are passed on as they are, and the engine says what it takes; fake kernels and autograd are in Python (operators.py).
+// The engine as PyTorch operators, on PyTorch's stable ABI: one build loads under every torch >= 2.10. Shapes and
+// strides are passed on as they are, and the engine says what it takes; fake kernels and autograd are in Python
+// (operators.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,12 +22,18 @@ using torch::stable::Tensor;
 
 DType dtype_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Bool: return DType::boolean;
-    case ScalarType::Int: return DType::int32;
-    case ScalarType::Half: return DType::float16;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
+    case ScalarType::Bool:
+      return DType::boolean;
+    case ScalarType::Int:
+      return DType::int32;
+    case ScalarType::Half:
+      return DType::float16;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
     default:
       throw InvalidArgument(std::string(name) + " has dtype " + torch::headeronly::toString(tensor.scalar_type()) +
                             "; it takes bool, int32, float16, bfloat16, float32 or float64");
@@ -73,6 +80,12 @@ Tensor new_empty(const std::array<std::int64_t, Rank>& size, ScalarType dtype) {
 
 Tensor new_empty_like(const Tensor& tensor) { return torch::stable::empty(tensor.sizes(), tensor.scalar_type()); }
 
+// What autograd brings may be expanded, as the gradient of a sum is; the engine takes a contiguous last dimension.
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  const std::int64_t last = tensor.dim() - 1;
+  return last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
 Threads torch_threads() {
   return {.count = static_cast<int>(torch::stable::get_num_threads()),
           .run = [](int count, const std::function<void(int)>& body) {
@@ -110,24 +123,28 @@ std::tuple<Tensor, Tensor> forward_cpu(const Tensor& query, const Tensor& key, c
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& end, double scale, double softcap, bool is_causal,
-    bool needs_bias_grad) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
+                                                        const Tensor& query, const Tensor& key, const Tensor& value,
+                                                        const Tensor& out, const Tensor& lse,
+                                                        const std::optional<Tensor>& mask,
+                                                        const std::optional<Tensor>& bias,
+                                                        const std::optional<Tensor>& end, double scale, double softcap,
+                                                        bool is_causal, bool needs_bias_grad) {
   const Threads threads = torch_threads();
   const Problem problem = make_problem(query, key, &value, mask, bias, end, scale, softcap, is_causal);
   if (needs_bias_grad && !bias) throw InvalidArgument("needs_bias_grad is true without a bias; it takes false");
   const Plan plan(problem, threads);
+  const Tensor grad_out_rows = with_contiguous_rows(grad_out);
   Tensor grad_query = new_empty_like(query), grad_key = new_empty_like(key), grad_value = new_empty_like(value);
-  Tensor grad_bias = needs_bias_grad ? new_empty_like(*bias) : new_empty(std::array<std::int64_t, 1>{0}, query.scalar_type());
+  Tensor grad_bias =
+      needs_bias_grad ? new_empty_like(*bias) : new_empty(std::array<std::int64_t, 1>{0}, query.scalar_type());
   InputGradient gradient{.query = output<4>("grad_query", grad_query),
                          .key = output<4>("grad_key", grad_key),
                          .value = output<4>("grad_value", grad_value),
                          .bias = std::nullopt};
   if (needs_bias_grad) gradient.bias = output<4>("grad_bias", grad_bias);
   backward(problem, plan, {input<4>("out", out), input<3>("lse", lse)},
-           {input<4>("grad_out", grad_out), input<3>("grad_lse", grad_lse)}, gradient, threads);
+           {input<4>("grad_out", grad_out_rows), input<3>("grad_lse", grad_lse)}, gradient, threads);
   return {grad_query, grad_key, grad_value, grad_bias};
 }
 

@@ -11,15 +11,16 @@ void convert(const void* in, std::int64_t count, DType dtype, void* out) {
   store_row<T>(dtype, static_cast<const T*>(in), 1, count, out);
 }
 
-template <class T, class Product>
+template <class Arithmetic>
 const Kernels& kernels_of() {
+  using T = typename Arithmetic::Sum;
   static constexpr Kernels kernels{sizeof(T) == 8 ? DType::float64 : DType::float32,
-                                   Forward<Product>::scratch,
-                                   Forward<Product>::run,
-                                   Forward<Product>::combine,
-                                   Backward<T>::scratch,
-                                   Backward<T>::run,
-                                   Backward<T>::add_key_sums,
+                                   Forward<Arithmetic>::scratch,
+                                   Forward<Arithmetic>::run,
+                                   Forward<Arithmetic>::combine,
+                                   Backward<Arithmetic>::scratch,
+                                   Backward<Arithmetic>::run,
+                                   Backward<Arithmetic>::add_key_sums,
                                    Probabilities<T>::scratch,
                                    Probabilities<T>::run,
                                    convert<T>};
@@ -27,11 +28,11 @@ const Kernels& kernels_of() {
 }
 
 inline const Kernels& kernels(DType dtype) {
-  if (dtype == DType::float64) return kernels_of<double, PlainProduct<double>>();
+  if (dtype == DType::float64) return kernels_of<Plain<double>>();
 #if defined(__AVX512BF16__)
-  if (dtype == DType::bfloat16) return kernels_of<float, PairProduct>();
+  if (dtype == DType::bfloat16) return kernels_of<Pairs>();
 #endif
-  return kernels_of<float, PlainProduct<float>>();
+  return kernels_of<Plain<float>>();
 }
 
 }  // namespace flash_dmattn::cpu::FLASH_DMATTN_ISA

@@ -4,13 +4,14 @@
 // with delta = sum(out * dO) - dLse for each row. The softcap's derivative joins dS after the bias has had its share.
 // The sums over keys stay in scratch until the chunk is done; add_key_sums hands them over.
 #pragma once
-#include "cpu/kernel/gemm.h"
-#include "cpu/kernel/tiles.h"
+#include "cpu/kernel/arithmetic.h"
 
 namespace flash_dmattn::cpu::FLASH_DMATTN_ISA {
 
-template <class T>
+template <class Arithmetic>
 class Backward {
+  using T = typename Arithmetic::Sum;
+
  public:
   static std::size_t scratch(const Chunk& largest) {
     Scratch size(nullptr);
@@ -33,7 +34,6 @@ class Backward {
  private:
   Backward(Scratch& scratch, const Chunk& chunk)
       : width_(round_up(chunk.head_dim, kLanes<T>)),
-        head_dim_(chunk.head_dim),
         bias_heads_(chunk.bias.per_query  ? 0
                     : chunk.bias.per_head ? chunk.pack
                                           : 1),
@@ -45,15 +45,11 @@ class Backward {
         logit_(chunk.scale, chunk.softcap),
         positions_(scratch, chunk),
         bias_(scratch, chunk, tiles_.most_rows()),
-        query_(scratch.take<T>(rows(chunk) * width_)),
-        grad_out_(scratch.take<T>(rows(chunk) * width_)),
+        query_key_(scratch, chunk),
+        grad_out_value_(scratch, chunk),
         grad_query_(scratch.take<T>(rows(chunk) * width_)),
         lse_(scratch.take<T>(rows(chunk))),
         delta_(scratch.take<T>(rows(chunk))),
-        key_rows_(scratch.take<T>(kBlock * width_)),
-        value_rows_(scratch.take<T>(kBlock * width_)),
-        key_panels_(scratch.take<T>(kBlock * width_)),
-        value_panels_(scratch.take<T>(kBlock * width_)),
         scores_(scratch.take<T>(tiles_.most_rows() * kScoreRow)),
         grad_scores_(scratch.take<T>(tiles_.most_rows() * kScoreRow)) {}
 
@@ -63,6 +59,7 @@ class Backward {
 
   void differentiate(const BackwardTask& task) {
     const Chunk& chunk = task.chunk;
+    Arithmetic::begin();
     begin(task);
     for (std::int64_t first = 0; first < chunk.keys.count; first += kBlock) {
       block_.read(chunk, first, first + kBlock < chunk.keys.count ? first + kBlock : chunk.keys.count);
@@ -72,28 +69,31 @@ class Backward {
         const Tile tile = tiles_[t];
         const Tests tests = positions_.tests(block_, tile);
         if (tests.empty()) continue;
-        if (!loaded) load_keys(chunk);
-        loaded = true;
+        if (!loaded) {
+          query_key_.load_keys(chunk, chunk.key, block_);
+          grad_out_value_.load_keys(chunk, chunk.value, block_);
+          loaded = true;
+        }
         bias_.read(chunk, block_, tile);
-        const T* query = query_ + tile.first_row * width_;
-        const T* grad_out = grad_out_ + tile.first_row * width_;
-        products(query, key_panels_, tile, tests, scores_);
-        products(grad_out, value_panels_, tile, tests, grad_scores_);
+        query_key_.multiply(tile, tests, scores_);
+        grad_out_value_.multiply(tile, tests, grad_scores_);
         grad_softmax(task, tile, tests);
-        add_over_rows(scores_, grad_out, tile, tests, value_sum_);
-        add_over_rows(grad_scores_, query, tile, tests, key_sum_);
+        add_over_rows(scores_, grad_out_value_.query_rows(), tile, tests, value_sum_);
+        add_over_rows(grad_scores_, query_key_.query_rows(), tile, tests, key_sum_);
         for (const Tests::Run& run : tests)
-          gemm<Fma<T>>(RowMajor<T>{grad_scores_ + run.first_key(), kScoreRow}, key_rows_ + run.first_key() * width_,
-                       width_, grad_query_ + tile.first_row * width_, width_, tile.rows, width_, run.keys(), true);
+          gemm<Fma<T>>(RowMajor<T>{grad_scores_ + run.first_key(), kScoreRow},
+                       query_key_.key_rows() + run.first_key() * width_, width_, grad_query_ + tile.first_row * width_,
+                       width_, tile.rows, width_, run.keys(), true);
       }
     }
+    Arithmetic::end();
   }
 
   void begin(const BackwardTask& task) {
     const Chunk& chunk = task.chunk;
     positions_.read(chunk);
-    load_queries(chunk, chunk.query, width_, query_);
-    load_queries(chunk, task.grad_out, width_, grad_out_);
+    query_key_.load_query(chunk, chunk.query);
+    grad_out_value_.load_query(chunk, task.grad_out);
     load_queries(chunk, task.out, width_, grad_query_);  // for delta; the sums begin after it
     for (std::int64_t i = 0; i < chunk.queries; ++i)
       for (std::int64_t g = 0; g < chunk.pack; ++g) {
@@ -103,7 +103,7 @@ class Backward {
             lse == -kInfinity ? 0 : lse * static_cast<T>(kLog2E);  // a row that sees nothing: its logits are all -inf
         Vec<T> total{};
         for (std::int64_t d = 0; d < width_; d += kLanes<T>)
-          total += load(grad_query_ + r * width_ + d) * load(grad_out_ + r * width_ + d);
+          total += load(grad_query_ + r * width_ + d) * load(grad_out_value_.query_rows() + r * width_ + d);
         delta_[r] = sum_of_lanes<T>(total);
         if (task.grad_lse != nullptr)
           delta_[r] -= *reinterpret_cast<const T*>(task.grad_lse + i * task.grad_lse_query + g * task.grad_lse_head);
@@ -117,26 +117,10 @@ class Backward {
     for (std::int64_t i = 0; i < count; ++i) array[i] = 0;
   }
 
-  void load_keys(const Chunk& chunk) {
-    load_block(chunk, chunk.key, block_, width_, key_rows_);
-    load_block(chunk, chunk.value, block_, width_, value_rows_);
-    for (std::int64_t p = 0; p < block_.panels; ++p) {
-      transpose(key_rows_ + p * kPanel * width_, width_, kPanel, width_, key_panels_ + p * kPanel * width_, kPanel);
-      transpose(value_rows_ + p * kPanel * width_, width_, kPanel, width_, value_panels_ + p * kPanel * width_, kPanel);
-    }
-  }
-
-  /// rows of the tile . rows of the block
-  void products(const T* rows, const T* panels, const Tile& tile, const Tests& tests, T* out) const {
-    for (const Tests::Run& run : tests)
-      for (std::int64_t p = run.first; p < run.last; ++p)
-        gemm<Fma<T>>(RowMajor<T>{rows, width_}, panels + p * kPanel * width_, kPanel, out + p * kPanel, kScoreRow,
-                     tile.rows, kPanel, head_dim_, false);
-  }
-  /// sum over the rows of the tile of (a score for each key) x (a row of numbers)
+  /// sum over the tile's rows of (a score for each key) x (a row of numbers)
   void add_over_rows(const T* scores, const T* rows, const Tile& tile, const Tests& tests, T* sum) const {
     for (const Tests::Run& run : tests)
-      gemm<Fma<T>>(Transposed<T>{scores + run.first_key(), kScoreRow}, rows, width_,
+      gemm<Fma<T>>(Transposed<T>{scores + run.first_key(), kScoreRow}, rows + tile.first_row * width_, width_,
                    sum + (block_.first_key + run.first_key()) * width_, width_, run.keys(), width_, tile.rows, true);
   }
 
@@ -238,8 +222,7 @@ class Backward {
     }
   }
 
-  std::int64_t width_;  // head_dim, in whole vectors
-  std::int64_t head_dim_;
+  std::int64_t width_;       // head_dim, in whole vectors
   std::int64_t bias_heads_;  // rows of a per-key bias's gradient; 0 where every query has a bias of its own
   std::int64_t list_;        // keys of the chunk, in whole blocks
   T *key_sum_, *value_sum_;  // list x width
@@ -249,11 +232,10 @@ class Backward {
   Positions<T> positions_;
   BiasRows<T> bias_;
   Block<T> block_;
-  T *query_, *grad_out_, *grad_query_;  // rows x width
-  T *lse_, *delta_;                     // by row; lse in base 2
-  T *key_rows_, *value_rows_;           // of a block: keys x width
-  T *key_panels_, *value_panels_;       // transposed, panel by panel: width x 64
-  T *scores_, *grad_scores_;            // tile rows x kScoreRow
+  typename Arithmetic::ScoresAndRows query_key_, grad_out_value_;  // grad_out . value: gradients of probabilities
+  T* grad_query_;                                                  // rows x width
+  T *lse_, *delta_;                                                // by row; lse in base 2
+  T *scores_, *grad_scores_;                                       // tile rows x kScoreRow
   T bias_row_[kBlock];
 };
 

@@ -1,13 +1,13 @@
 // The forward pass of one chunk: for every block of its keys, for every tile of its rows: scores, online softmax,
 // values.
 #pragma once
-#include "cpu/kernel/product.h"
+#include "cpu/kernel/arithmetic.h"
 
 namespace flash_dmattn::cpu::FLASH_DMATTN_ISA {
 
-template <class Product>
+template <class Arithmetic>
 class Forward {
-  using T = typename Product::Sum;
+  using T = typename Arithmetic::Sum;
 
  public:
   static std::size_t scratch(const Chunk& largest) {
@@ -30,21 +30,22 @@ class Forward {
 
  private:
   Forward(Scratch& scratch, const Chunk& chunk)
-      : tiles_(chunk, Product::kRows),
+      : tiles_(chunk, Arithmetic::kRows),
         logit_(chunk.scale, chunk.softcap),
-        product_(scratch, chunk, tiles_),
+        query_key_(scratch, chunk),
+        values_(scratch, chunk, tiles_),
         positions_(scratch, chunk),
         bias_(scratch, chunk, tiles_.most_rows()),
         scores_(scratch.take<T>(tiles_.most_rows() * kScoreRow)),
-        sum_(scratch.take<T>(chunk.queries * chunk.pack * product_.width)),
+        sum_(scratch.take<T>(chunk.queries * chunk.pack * values_.width)),
         row_base_(scratch.take<T>(chunk.queries * chunk.pack)),
         row_sum_(scratch.take<T>(chunk.queries * chunk.pack * kLanes<T>)) {}
 
   void attend(const ForwardTask& task) {
     const Chunk& chunk = task.chunk;
     begin(chunk);
-    product_.begin();
-    product_.load_query(chunk);
+    Arithmetic::begin();
+    query_key_.load_query(chunk, chunk.query);
     positions_.read(chunk);
     for (std::int64_t first = task.first_key; first < task.last_key; first += kBlock) {
       block_.read(chunk, first, first + kBlock < task.last_key ? first + kBlock : task.last_key);
@@ -54,15 +55,18 @@ class Forward {
         const Tile tile = tiles_[t];
         const Tests tests = positions_.tests(block_, tile);
         if (tests.empty()) continue;
-        if (!loaded) product_.load(chunk, block_);
-        loaded = true;
+        if (!loaded) {
+          query_key_.load_keys(chunk, chunk.key, block_);
+          values_.load(chunk, chunk.value, block_);
+          loaded = true;
+        }
         bias_.read(chunk, block_, tile);
-        product_.scores(tile, tests, scores_);
+        query_key_.multiply(tile, tests, scores_);
         softmax(chunk, tile, tests);
-        product_.add_values(tile, tests, scores_, sum_ + tile.first_row * product_.width);
+        values_.add(tile, tests, scores_, sum_ + tile.first_row * values_.width);
       }
     }
-    product_.end();
+    Arithmetic::end();
   }
 
   void begin(const Chunk& chunk) {
@@ -70,7 +74,7 @@ class Forward {
       row_base_[r] = -kInfinity;
       store(row_sum_ + r * kLanes<T>, Vec<T>{});
     }
-    for (std::int64_t i = 0; i < chunk.queries * chunk.pack * product_.width; ++i) sum_[i] = 0;
+    for (std::int64_t i = 0; i < chunk.queries * chunk.pack * values_.width; ++i) sum_[i] = 0;
   }
 
   void softmax(const Chunk& chunk, const Tile& tile, const Tests& tests) {
@@ -119,16 +123,16 @@ class Forward {
     T* row_sum = row_sum_ + row_of_chunk * lanes;
     if (any_greater<T>(largest[0], row_base_[row_of_chunk])) raise_base(row_of_chunk, max_of_lanes<T>(largest[0]));
     const T base = row_base_[row_of_chunk] == -kInfinity ? 0 : row_base_[row_of_chunk];  // a row that sees nothing yet
-    const auto probabilities = product_.probability_row(scores_, r);
+    const auto probabilities = values_.probability_row(scores_, r);
     Vec<T> total[vectors] = {};
     for (const Tests::Run& run : tests)
       for (std::int64_t j = run.first_key(); j < run.last * kPanel; j += kPanel) {
         Vec<T> probability[vectors];
         for (int v = 0; v < vectors; ++v) {
-          probability[v] = exp2<T, typename Product::Exponential>(load(row + j + v * lanes), base);
+          probability[v] = exp2<T, typename Arithmetic::Exponential>(load(row + j + v * lanes), base);
           total[v] += probability[v];
         }
-        Product::store_probabilities(probabilities + j, probability);
+        Arithmetic::Values::store_probabilities(probabilities + j, probability);
       }
     for (int v = 1; v < vectors; ++v) total[0] += total[v];
     store(row_sum, load(row_sum) + total[0]);
@@ -142,7 +146,7 @@ class Forward {
       for (std::int64_t d = 0; d < n; d += kLanes<T>) store(sum + d, load(sum + d) * shrink);
     };
     scale(row_sum_ + row * kLanes<T>, kLanes<T>);
-    scale(sum_ + row * product_.width, product_.width);
+    scale(sum_ + row * values_.width, values_.width);
   }
 
   static void write_row(const ForwardTask& task, std::int64_t query, std::int64_t head, const T* sum, T base, T total) {
@@ -156,14 +160,14 @@ class Forward {
     for (std::int64_t i = 0; i < task.chunk.queries; ++i)
       for (std::int64_t g = 0; g < task.chunk.pack; ++g) {
         const std::int64_t r = i * task.chunk.pack + g;
-        write_row(task, i, g, sum_ + r * product_.width, row_base_[r], row_total(r));
+        write_row(task, i, g, sum_ + r * values_.width, row_base_[r], row_total(r));
       }
   }
   void write_partial(const ForwardTask& task) const {
     const std::int64_t head_dim = task.chunk.head_dim;
     T* out = static_cast<T*>(task.partial);
     for (std::int64_t r = 0; r < task.chunk.queries * task.chunk.pack; ++r, out += head_dim + 2) {
-      for (std::int64_t d = 0; d < head_dim; ++d) out[d] = sum_[r * product_.width + d];
+      for (std::int64_t d = 0; d < head_dim; ++d) out[d] = sum_[r * values_.width + d];
       out[head_dim] = row_base_[r];
       out[head_dim + 1] = row_total(r);
     }
@@ -171,7 +175,8 @@ class Forward {
 
   Tiles tiles_;
   Logit<T> logit_;
-  Product product_;
+  typename Arithmetic::Scores query_key_;
+  typename Arithmetic::Values values_;
   Positions<T> positions_;
   BiasRows<T> bias_;
   Block<T> block_;
@@ -181,8 +186,9 @@ class Forward {
   T* row_sum_;   // rows x lanes: of probabilities
 };
 
-template <class Product>
-void Forward<Product>::combine(const ForwardTask& task, const void* partials, std::int64_t count, std::size_t stride) {
+template <class Arithmetic>
+void Forward<Arithmetic>::combine(const ForwardTask& task, const void* partials, std::int64_t count,
+                                  std::size_t stride) {
   const Chunk& chunk = task.chunk;
   const std::int64_t head_dim = chunk.head_dim;
   T sum[256];

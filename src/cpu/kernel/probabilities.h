@@ -1,7 +1,7 @@
 // The attention probabilities themselves, for those who ask to see them: exp(logit - lse), 0 where a row does not see a
 // key.
 #pragma once
-#include "cpu/kernel/product.h"
+#include "cpu/kernel/arithmetic.h"
 
 namespace flash_dmattn::cpu::FLASH_DMATTN_ISA {
 
@@ -21,9 +21,9 @@ class Probabilities {
 
  private:
   Probabilities(Scratch& scratch, const Chunk& chunk)
-      : tiles_(chunk, PlainProduct<T>::kRows),
+      : tiles_(chunk, Plain<T>::kRows),
         logit_(chunk.scale, chunk.softcap),
-        product_(scratch, chunk, tiles_),
+        query_key_(scratch, chunk),
         positions_(scratch, chunk),
         bias_(scratch, chunk, tiles_.most_rows()),
         scores_(scratch.take<T>(tiles_.most_rows() * kScoreRow)) {}
@@ -31,18 +31,18 @@ class Probabilities {
   /// The output holds zeros when this begins.
   void write(const ProbabilitiesTask& task) {
     const Chunk& chunk = task.chunk;
-    product_.load_query(chunk);
+    query_key_.load_query(chunk, chunk.query);
     positions_.read(chunk);
     for (std::int64_t first = 0; first < chunk.keys.count; first += kBlock) {
       block_.read(chunk, first, first + kBlock < chunk.keys.count ? first + kBlock : chunk.keys.count);
       bias_.read(chunk, block_);
-      product_.load(chunk, block_);
+      query_key_.load_keys(chunk, chunk.key, block_);
       for (std::int64_t t = 0; t < tiles_.count(); ++t) {
         const Tile tile = tiles_[t];
         const Tests tests = positions_.tests(block_, tile);
         if (tests.empty()) continue;
         bias_.read(chunk, block_, tile);
-        product_.scores(tile, tests, scores_);
+        query_key_.multiply(tile, tests, scores_);
         for (std::int64_t i = 0; i < tile.queries; ++i)
           for (std::int64_t g = 0; g < chunk.pack; ++g)
             write_row(task, tests, tile.first_query + i, g, i * chunk.pack + g);
@@ -76,7 +76,7 @@ class Probabilities {
 
   Tiles tiles_;
   Logit<T> logit_;
-  PlainProduct<T> product_;
+  typename Plain<T>::Scores query_key_;
   Positions<T> positions_;
   BiasRows<T> bias_;
   Block<T> block_;
