@@ -20,12 +20,23 @@ std::int64_t choose_chunk(const Shape& s, std::int64_t pack) {
   return std::max<std::int64_t>(1, rows / pack);
 }
 
-/// The bits of `word` that are set in `chosen`, moved together.
-std::uint64_t compress(std::uint64_t word, std::uint64_t chosen) {
+/// The bits of `word` where `chosen` has ones, moved together.
+std::uint64_t compress_bit_by_bit(std::uint64_t word, std::uint64_t chosen) {
   std::uint64_t out = 0;
   for (int n = 0; chosen != 0; ++n, chosen &= chosen - 1) out |= (word >> std::countr_zero(chosen) & 1) << n;
   return out;
 }
+
+using Compress = std::uint64_t (*)(std::uint64_t word, std::uint64_t chosen);
+
+#if defined(__x86_64__)
+__attribute__((target("bmi2"))) std::uint64_t compress_at_once(std::uint64_t word, std::uint64_t chosen) {
+  return __builtin_ia32_pext_di(word, chosen);
+}
+Compress best_compress() { return __builtin_cpu_supports("bmi2") ? compress_at_once : compress_bit_by_bit; }
+#else
+Compress best_compress() { return compress_bit_by_bit; }
+#endif
 
 }  // namespace
 
@@ -89,10 +100,10 @@ void Plan::Lists::list_columns(const Threads& threads) {
   const std::int64_t first = shape.first_position();
   run_tasks(list_batch_ * list_heads_, threads, [&](std::int64_t row, int) {
     const std::int64_t b = row / list_heads_, unit = row % list_heads_;
+    const Ends end_of = ends(b, unit);
     std::vector<std::int32_t>& positions = positions_[static_cast<std::size_t>(row)];
     for (std::int64_t k = 0; k < shape.key_len; ++k)
-      if (sees_column(b, unit, k) && end(b, unit, static_cast<std::int32_t>(k)) > first)
-        positions.push_back(static_cast<std::int32_t>(k));
+      if (end_of(k) > first && sees_column(b, unit, k)) positions.push_back(static_cast<std::int32_t>(k));
     for (std::int64_t c = 0; c < chunks(); ++c) {
       const auto limit = std::lower_bound(positions.begin(), positions.end(), causal_limit(c));
       lists_[static_cast<std::size_t>(row * chunks() + c)] = {.count = limit - positions.begin(),
@@ -109,16 +120,14 @@ void Plan::Lists::list_survivors(const Threads& threads) {
   positions_.resize(lists_.size());
   run_tasks(list_batch_ * list_heads_, threads, [&](std::int64_t row, int) {
     const std::int64_t b = row / list_heads_, unit = row % list_heads_;
-    const auto end_of = [&](std::int32_t k) { return end(b, unit, k); };
+    const Ends end_of = ends(b, unit);
     std::vector<std::int32_t> alive;  // by position: the keys before `next` that a position from `next` on may see
     std::int64_t next = 0;
     for (std::int64_t c = 0; c < chunks(); ++c) {
       const std::int64_t start = std::clamp<std::int64_t>(first_query(c) + shape.first_position(), 0, shape.key_len);
       const std::int64_t stop = causal_limit(c);
-      for (; next < start; ++next) {
-        const std::int32_t k = static_cast<std::int32_t>(next);
-        if (end_of(k) > start && sees_column(b, unit, next)) alive.push_back(k);
-      }
+      for (; next < start; ++next)
+        if (end_of(next) > start && sees_column(b, unit, next)) alive.push_back(static_cast<std::int32_t>(next));
       std::erase_if(alive, [&](std::int32_t k) { return end_of(k) <= start; });
       std::vector<std::int32_t>& positions = positions_[static_cast<std::size_t>(row * chunks() + c)];
       positions.reserve(alive.size() + static_cast<std::size_t>(stop - start));
@@ -129,8 +138,7 @@ void Plan::Lists::list_survivors(const Threads& threads) {
       std::sort(positions.begin() + dying, positions.end(),
                 [&](std::int32_t x, std::int32_t y) { return std::pair(end_of(y), y) < std::pair(end_of(x), x); });
       for (std::int64_t k = start; k < stop; ++k)
-        if (end_of(static_cast<std::int32_t>(k)) > k && sees_column(b, unit, k))
-          positions.push_back(static_cast<std::int32_t>(k));
+        if (end_of(k) > k && sees_column(b, unit, k)) positions.push_back(static_cast<std::int32_t>(k));
       lists_[static_cast<std::size_t>(row * chunks() + c)] = {.count = static_cast<std::int64_t>(positions.size()),
                                                               .positions = positions.data()};
     }
@@ -143,11 +151,13 @@ void Plan::Lists::list_bits(const Threads& threads) {
   positions_.resize(lists_.size());
   bits_.resize(lists_.size());
   const std::int64_t words = (shape.key_len + 63) / 64, first = shape.first_position();
+  const Compress compress = best_compress();
   run_tasks(static_cast<std::int64_t>(lists_.size()), threads, [&](std::int64_t index, int) {
     const std::int64_t c = index % chunks(), unit = index / chunks() % list_heads_, b = index / chunks() / list_heads_;
     std::vector<std::uint64_t>& bits = bits_[static_cast<std::size_t>(index)];
     bits.assign(static_cast<std::size_t>(queries(c) * words), 0);
     std::vector<std::uint64_t> seen(static_cast<std::size_t>(words));
+    const Ends end_of = ends(b, unit);
     for (std::int64_t i = 0; i < queries(c); ++i) {
       const std::int64_t query = first_query(c) + i, p = query + first;
       const std::uint8_t* row =
@@ -172,9 +182,7 @@ void Plan::Lists::list_bits(const Threads& threads) {
         if (end_)
           for (std::uint64_t rest = word; rest != 0; rest &= rest - 1) {
             const int j = std::countr_zero(rest);
-            const View<3>& ends = *end_;
-            if (*at<const std::int32_t>(ends, b * (ends.size[0] > 1), head_of(ends, unit), w * 64 + j) <= p)
-              word &= ~(std::uint64_t{1} << j);
+            if (end_of(w * 64 + j) <= p) word &= ~(std::uint64_t{1} << j);
           }
         bits[static_cast<std::size_t>(i * words + w)] = word;
         seen[static_cast<std::size_t>(w)] |= word;

@@ -41,10 +41,16 @@ struct Plan::Lists {
   std::int64_t longest_list() const;
   std::int64_t most_queries() const { return std::min(chunk, shape.query_len); }  ///< of any chunk
 
-  std::int32_t start(std::int32_t key) const { return is_causal && !has_bits() ? key : kFromTheStart; }
-  std::int32_t end(std::int64_t b, std::int64_t unit, std::int32_t key) const {
-    return end_ && !has_bits() ? *at<const std::int32_t>(*end_, end_->size[0] == 1 ? 0 : b, head_of(*end_, unit), key)
-                               : kForEver;
+  std::int32_t start(std::int32_t key) const { return is_causal ? key : kFromTheStart; }
+  /// Where the intervals of one row of keys end.
+  struct Ends {
+    const std::int32_t* data;
+    std::int64_t step;
+    std::int32_t operator()(std::int64_t key) const { return data[key * step]; }
+  };
+  Ends ends(std::int64_t b, std::int64_t unit) const {
+    if (!end_) return {&kForEver, 0};
+    return {at<const std::int32_t>(*end_, end_->size[0] == 1 ? 0 : b, head_of(*end_, unit), 0), end_->stride[2]};
   }
   /// The position of a query, or kSeesNothing.
   std::int32_t position(std::int64_t b, std::int64_t unit, std::int64_t query) const {
@@ -52,7 +58,6 @@ struct Plan::Lists {
       return kSeesNothing;
     return static_cast<std::int32_t>(query + shape.first_position());
   }
-  bool has_bits() const { return dense_.has_value(); }
 
  private:
   template <int Rank>

@@ -29,10 +29,11 @@ void read_positions(const Chunk& chunk, std::int32_t* positions) {
 void read_intervals(const Chunk& chunk, std::int64_t first, std::int64_t count, std::int32_t* keys, std::int32_t* start,
                     std::int32_t* end) {
   const auto& plan = *static_cast<const Plan::Lists*>(chunk.plan);
+  const Plan::Lists::Ends end_of = plan.ends(chunk.batch, chunk.unit);
   for (std::int64_t i = 0; i < count; ++i) {
     keys[i] = chunk.keys.positions ? chunk.keys.positions[first + i] : static_cast<std::int32_t>(first + i);
     start[i] = plan.start(keys[i]);
-    end[i] = plan.end(chunk.batch, chunk.unit, keys[i]);
+    end[i] = end_of(keys[i]);
   }
 }
 
