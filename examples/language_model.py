@@ -17,10 +17,10 @@ class Config:
     vocab_size: int = 256
     hidden_size: int = 192
     intermediate_size: int = 512
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 2
     num_attention_heads: int = 6
     num_key_value_heads: int = 3
-    keep_window_size: int = 256
+    keep_window_size: int = 128
     rope_theta: float = 10000.0
 
     @property
@@ -29,10 +29,11 @@ class Config:
 
 
 class KeyValueCache:
-    """All keys and values so far, with the interface of a transformers ``Cache``."""
+    """All keys and values so far, with the interface of a transformers `Cache`, and what `TokenShift` needs."""
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.shifts: dict[int, Tensor] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         if layer_idx in self.layers:
@@ -46,7 +47,7 @@ class KeyValueCache:
 
 
 class DynamicMaskAttention(nn.Module):
-    """Each key has one learned score per KV head. A query sees the ``keep_window_size`` best-scored keys before it, and
+    """Each key has one learned score per KV head. A query sees the `keep_window_size` best-scored keys before it, and
     the score is added to the logits, which is how it is learned.
     """
 
@@ -70,7 +71,7 @@ class DynamicMaskAttention(nn.Module):
         self.dt_proj = nn.Linear(key_value_size, config.num_key_value_heads, bias=False)
 
     def score(self, value: Tensor) -> Tensor:
-        """``(B, Hk, K)`` from the values of all heads ``(B, K, Hk * D)``."""
+        """`(B, Hk, K)` from the values of all heads `(B, K, Hk * D)`."""
         return torch.exp(self.A * F.softplus(self.dt_proj(value))).transpose(1, 2)
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
@@ -79,7 +80,7 @@ class DynamicMaskAttention(nn.Module):
             project(hidden).view(batch, length, -1, self.head_dim).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(self.q_norm(query), *rotation), rotate(self.k_norm(key), *rotation)
+        query, key = (rotate(norm(x.float()), *rotation) for norm, x in ((self.q_norm, query), (self.k_norm, key)))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         score = self.score(value.transpose(1, 2).flatten(2))
@@ -88,10 +89,31 @@ class DynamicMaskAttention(nn.Module):
         return self.o_proj(output.flatten(2))
 
 
+class TokenShift(nn.Module):
+    """Adds to each position a learned mixture of the few before it: attention is then free to look far."""
+
+    def __init__(self, hidden_size: int, layer_idx: int, reach: int = 3) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.weight = nn.Parameter(torch.zeros(reach, hidden_size))
+
+    def forward(self, hidden: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        batch, length, size = hidden.shape
+        reach = len(self.weight)
+        past = hidden.new_zeros(batch, reach, size)
+        if cache is not None:
+            past = cache.shifts.get(self.layer_idx, past)
+        extended = torch.cat((past, hidden), dim=1)
+        if cache is not None:
+            cache.shifts[self.layer_idx] = extended[:, -reach:]
+        return hidden + sum(self.weight[i] * extended[:, i : i + length] for i in range(reach))
+
+
 class Block(nn.Module):
     def __init__(self, config: Config, layer_idx: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size)
+        self.shift = TokenShift(config.hidden_size, layer_idx)
         self.attention = DynamicMaskAttention(config, layer_idx)
         self.attention_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp_norm = nn.RMSNorm(config.hidden_size)
@@ -100,7 +122,8 @@ class Block(nn.Module):
         self.mlp_residual = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
-        hidden = self.attention_residual * hidden + self.attention(self.attention_norm(hidden), rotation, cache)
+        attended = self.attention(self.shift(self.attention_norm(hidden), cache), rotation, cache)
+        hidden = self.attention_residual * hidden + attended
         gate, up = self.gate_and_up_proj(self.mlp_norm(hidden)).chunk(2, dim=-1)
         return self.mlp_residual * hidden + self.down_proj(F.silu(gate) * up)
 
@@ -113,13 +136,13 @@ class LanguageModel(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and "shift" not in name:
                 # What is added to the residual stream starts smaller, the more layers add to it.
                 adds = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * config.num_hidden_layers) ** 0.5 if adds else 0.02)
 
     def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Logits ``(B, N, vocab_size)`` of the token after each of ``tokens`` ``(B, N)``."""
+        """Logits `(B, N, vocab_size)` of the token after each of `tokens` `(B, N)`."""
         start = 0 if cache is None else cache.get_seq_length()
         rotation = self.rotation(start, tokens.shape[1], tokens.device)
         hidden = self.embedding(tokens)
@@ -128,7 +151,7 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(hidden), self.embedding.weight)
 
     def rotation(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosine and sine ``(N, D)`` of the rotary position embedding."""
+        """Cosine and sine `(N, D)` of the rotary position embedding."""
         half = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32) / self.config.head_dim
         angle = torch.arange(start, start + length, device=device)[:, None] * self.config.rope_theta**-half
         angle = torch.cat((angle, angle), dim=-1)
@@ -136,7 +159,7 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompt: Tensor, count: int, temperature: float = 0.7) -> Tensor:
-        """``count`` tokens sampled after ``prompt`` ``(N,)``."""
+        """`count` tokens sampled after `prompt` `(N,)`."""
         cache, tokens, generated = KeyValueCache(), prompt[None], []
         for _ in range(count):
             probabilities = (self(tokens, cache)[:, -1].float() / temperature).softmax(-1)

@@ -44,8 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=2.5, help="how long to train")
     parser.add_argument("--steps", type=int, help="train for so many steps instead")
     parser.add_argument("--context", type=int, default=2048, help="bytes that the model sees at once")
-    parser.add_argument("--window", type=int, default=256, help="keys that each query sees: keep_window_size")
-    parser.add_argument("--batch", type=int, default=2, help="sequences of a step")
+    parser.add_argument("--window", type=int, default=128, help="keys that each query sees: keep_window_size")
+    parser.add_argument("--batch", type=int, default=1, help="sequences of a step")
     parser.add_argument("--device", help="where to train (default: a GPU if this build can use it, else the CPU)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps, to see that all works")
@@ -87,7 +87,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     prompt = held_out_text[: options.context // 2]
     print(f"\n--- the end of a prompt, and after | what the model adds ---\n{sample(model, prompt, length=400)}\n---")
-    print_savings(model, train_text, options)
+    print("what the dynamic mask saves, forward and backward:")
+    print(f"{'':28}{'dynamic mask':>16}{'dense':>13}")
+    for context in (options.context, 4 * options.context):
+        print_savings(model, context, device)
 
     model_file, picture_file = options.output / "model.safetensors", options.output / "training.png"
     save_file(model.state_dict(), model_file, metadata={name: str(value) for name, value in vars(config).items()})
@@ -99,8 +102,8 @@ def read_text(path: Path | None, shortest: int) -> Tensor:
     """The bytes of a file, or of all sources of the standard library, as a tensor of token numbers."""
     if path is None:
         folder = Path(sysconfig.get_path("stdlib"))
-        data = b"\n".join(file.read_bytes() for file in sorted(folder.glob("*.py")) + sorted(folder.glob("[a-z]*/*.py"))
-                          if "site-packages" not in file.parts)  # fmt: skip
+        files = [*sorted(folder.glob("*.py")), *sorted(folder.glob("[a-z]*/*.py"))]
+        data = b"\n".join(file.read_bytes() for file in files if file.parent.name not in ("site-packages", "test"))
         if not data:
             raise ValueError(f"no Python sources in {folder}: give a text with --text")
     elif not path.is_file():
@@ -126,12 +129,10 @@ def mixed_precision(device: torch.device) -> AbstractContextManager:
 
 
 def train(model: LanguageModel, text: Tensor, options: argparse.Namespace) -> list[float]:
-    """Trains for the steps or the minutes of ``options``; returns the loss of every step in bits per byte."""
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if p.dim() != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95)
-    )
+    """Trains for the steps or the minutes of `options`; returns the loss of every step in bits per byte."""
+    optimizers = make_optimizers(model, text.device)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
     seconds = options.minutes * 60
     total = options.steps or round(seconds)
     losses: list[float] = []
@@ -140,14 +141,14 @@ def train(model: LanguageModel, text: Tensor, options: argparse.Namespace) -> li
         done = 0.0
         while done < 1:
             # A short warm-up, then down to nothing in a straight line.
-            rate = 3e-3 * min(1, (len(losses) + 1) / 20) * (1 - done)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * min(1, (len(losses) + 1) / 20) * (1 - done)
             loss = loss_of(model, *batch(text, options.context, options.batch))
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             losses.append(loss.item() * BITS_PER_NAT)
 
             elapsed = time.perf_counter() - start
@@ -159,11 +160,22 @@ def train(model: LanguageModel, text: Tensor, options: argparse.Namespace) -> li
     return losses
 
 
+def make_optimizers(model: LanguageModel, device: torch.device) -> list[torch.optim.Optimizer]:
+    matrices = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    others = list(set(model.parameters()) - set(matrices))
+    # Muon learns most in few steps, and computes in bfloat16, which is slow on CPUs without it.
+    if device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        optimizer = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+    else:
+        optimizer = torch.optim.AdamW(matrices, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    return [optimizer, torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
 BAR = "training {percentage:3.0f}% |{bar}| {elapsed} done, {remaining} left{postfix}"
 
 
 def batch(text: Tensor, context: int, count: int) -> tuple[Tensor, Tensor]:
-    """``count`` random pieces of the text, and the byte that follows each byte."""
+    """`count` random pieces of the text, and the byte that follows each byte."""
     starts = torch.randint(len(text) - context, (count,))
     pieces = torch.stack([text[start : start + context + 1] for start in starts]).long()
     return pieces[:, :-1], pieces[:, 1:]
@@ -198,38 +210,35 @@ def sample(model: LanguageModel, prompt: Tensor, length: int) -> str:
     return f"{before}|{after}"
 
 
-def print_savings(model: LanguageModel, text: Tensor, options: argparse.Namespace) -> None:
+def print_savings(model: LanguageModel, context: int, device: torch.device) -> None:
     """Times a training step, and attention alone, with the dynamic mask and with torch's own dense attention."""
-    tokens, targets = batch(text, options.context, options.batch)
-    config, dtype = model.config, torch.bfloat16 if text.is_cuda else torch.float32
-    shape = (options.batch, config.num_attention_heads, options.context, config.head_dim)
-    key_shape = (options.batch, config.num_key_value_heads, options.context, config.head_dim)
+    config, dtype = model.config, torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens, targets = torch.randint(config.vocab_size, (2, 1, context), device=device)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     query, key, value = (
-        torch.randn(size, device=text.device, dtype=dtype, requires_grad=True) for size in (shape, key_shape, key_shape)
+        torch.randn(1, count, context, config.head_dim, device=device, dtype=dtype, requires_grad=True)
+        for count in heads
     )
-    score = torch.rand(key_shape[:3], device=text.device, requires_grad=True)
-    bias = score[:, :, None, :].expand(-1, -1, options.context, -1)
+    score = torch.rand(key.shape[:3], device=device, requires_grad=True)
+    bias = score[:, :, None, :].expand(-1, -1, context, -1)
     module = model.layers[0].attention
 
     def step() -> None:
         loss_of(model, tokens, targets).backward()
 
-    def attention(function: Callable) -> Callable[[], None]:
+    def attend(function: Callable) -> Callable[[], None]:
         return lambda: function(module, query, key, value, None, bias)[0].sum().backward()
 
-    times = {
-        "a training step": (timed(step), timed(step, dense=model)),
-        "of it, attention": tuple(
-            config.num_hidden_layers * timed(attention(function))
-            for function in (flash_dynamic_mask_attention_forward, dense_attention_forward)
-        ),
-    }
-    density = DynamicMask.from_score(score.detach(), config.keep_window_size).density()
-    print(f"what the dynamic mask saves at {options.context} bytes of context: {1 - density:.0%} of all pairs of bytes")
-    print(f"{'':18}{'dynamic mask':>14}{'dense':>12}")
-    for name, (sparse, dense) in times.items():
-        print(f"{name:18}{1e3 * sparse:11.1f} ms{1e3 * dense:9.1f} ms   {dense / sparse:.1f} times as fast")
+    step_time, attention_time = timed(step), timed(attend(flash_dynamic_mask_attention_forward))
+    with dense_attention(model):
+        dense_step_time, dense_attention_time = timed(step), timed(attend(dense_attention_forward))
     model.zero_grad(set_to_none=True)
+    layers = config.num_hidden_layers
+    for name, sparse, dense in (
+        (f"a step of {context:,} bytes", step_time, dense_step_time),
+        ("  of it, attention", layers * attention_time, layers * dense_attention_time),
+    ):
+        print(f"{name:28}{1e3 * sparse:13.1f} ms{1e3 * dense:10.1f} ms   {dense / sparse:.1f} times as fast")
 
 
 def dense_attention_forward(module, query, key, value, attention_mask, attention_bias, **_) -> tuple[Tensor, None]:
@@ -237,16 +246,15 @@ def dense_attention_forward(module, query, key, value, attention_mask, attention
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2), None
 
 
-def timed(run: Callable[[], None], dense: LanguageModel | None = None, repeats: int = 5) -> float:
-    """Median seconds, after one run to warm up."""
-    times = []
-    with dense_attention(dense) if dense is not None else nullcontext():
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+def timed(run: Callable[[], None], repeats: int = 3, patience: float = 5) -> float:
+    """Median seconds of the runs after one to warm up; fewer where they take long."""
+    times: list[float] = []
+    while len(times) < repeats + 1 and (len(times) < 2 or sum(times) < patience):
+        start = time.perf_counter()
+        run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
     return median(times[1:])
 
 
@@ -264,7 +272,7 @@ def dense_attention(model: LanguageModel) -> Iterator[None]:
 
 @torch.no_grad()
 def draw(model: LanguageModel, text: Tensor, losses: list[float], entropy: float, path: Path) -> None:
-    """The loss curve, and which keys each query of ``text`` sees in the head that is least like a sliding window."""
+    """The loss curve, and which keys each query of `text` sees in the head that is least like a sliding window."""
     values: dict[int, Tensor] = {}
     hooks = [
         layer.attention.dt_proj.register_forward_hook(

@@ -133,9 +133,9 @@ def flex_dmattn_func(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`flash_dmattn_func` by PyTorch's FlexAttention.
 
-    It compiles a kernel for each combination of features (on the CPU also of shapes) on first use. Everything is applied: mask, DynamicMask, bias,
-    causality, softcap, grouped heads. float16, bfloat16 and float32 only. On the CPU, where FlexAttention has neither a
-    backward nor an lse, these are the C++ engine's.
+    It compiles a kernel for each combination of features (on the CPU also of shapes) on first use. Everything is
+    applied: mask, DynamicMask, bias, causality, softcap, grouped heads. float16, bfloat16 and float32 only. On the CPU,
+    where FlexAttention has neither a backward nor an lse, these are the C++ engine's.
     """
     return _attention(
         "flex", query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, return_attn_probs,

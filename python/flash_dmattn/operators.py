@@ -75,10 +75,6 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
     query, key, value, mask, bias, end, out, lse = ctx.saved_tensors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    elif grad_out.stride(-1) != 1:  # the gradient of a sum
-        grad_out = grad_out.contiguous()
-    elif grad_out.stride(-1) != 1:  # sum() gives an expanded gradient
-        grad_out = grad_out.contiguous()
     needs_bias_grad = ctx.needs_input_grad[4]
     grad_query, grad_key, grad_value, grad_bias = backward(
         grad_out, grad_lse, query, key, value, out, lse, mask, bias, end,

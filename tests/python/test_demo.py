@@ -41,7 +41,7 @@ def test_the_whole_run(tmp_path, capsys):
     trained, unseen, entropy = (float(re.search(pattern, out)[1]) for pattern in patterns)
     assert trained < entropy - 0.5 and unseen < entropy - 0.5
     assert "the end of a prompt" in out
-    assert re.search(r"a training step +[\d.]+ ms +[\d.]+ ms +[\d.]+ times as fast", out)
+    assert re.search(r"a step of 512 bytes +[\d.]+ ms +[\d.]+ ms +[\d.]+ times as fast", out)
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
     with safe_open(output / "model.safetensors", framework="pt") as file:
         config = Config(

@@ -264,6 +264,16 @@ def test_gradients_of_strided_inputs(layout):
     torch.testing.assert_close(gradients(function, *inputs), gradients(contiguous, *inputs))
 
 
+@pytest.mark.parametrize("compiled", (False, True))
+def test_an_expanded_gradient_of_out(compiled):
+    torch.compiler.reset()
+    function = torch.compile(causal, fullgraph=True, backend="aot_eager") if compiled else causal
+    inputs = [*random_inputs(grad=True), torch.randn(B, HK, K, requires_grad=True)]
+    got = torch.autograd.grad(function(*inputs).sum(), inputs)
+    out = causal(*inputs)
+    torch.testing.assert_close(got, torch.autograd.grad(out, inputs, torch.ones_like(out)))
+
+
 def test_frozen_tensors_are_read_and_left_alone():
     inputs = random_inputs()
     copies = [tensor.clone() for tensor in inputs]
