@@ -33,7 +33,7 @@ class KeyValueCache:
 
     def __init__(self) -> None:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.shifts: dict[int, Tensor] = {}
+        self.shifts: dict[TokenShift, Tensor] = {}
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         if layer_idx in self.layers:
@@ -90,22 +90,23 @@ class DynamicMaskAttention(nn.Module):
 
 
 class TokenShift(nn.Module):
-    """Adds to each position a learned mixture of the few before it: attention is then free to look far."""
+    """Adds to each position a learned mixture of the few before it. The best-scored keys are seldom the newest ones, so
+    this is how a byte knows its neighbours, and attention is free to look far.
+    """
 
-    def __init__(self, hidden_size: int, layer_idx: int, reach: int = 3) -> None:
+    def __init__(self, hidden_size: int, reach: int = 3) -> None:
         super().__init__()
-        self.layer_idx = layer_idx
-        self.weight = nn.Parameter(torch.zeros(reach, hidden_size))
+        self.weight = nn.Parameter(torch.empty(reach, hidden_size).normal_(std=0.5))
 
     def forward(self, hidden: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         batch, length, size = hidden.shape
         reach = len(self.weight)
         past = hidden.new_zeros(batch, reach, size)
         if cache is not None:
-            past = cache.shifts.get(self.layer_idx, past)
+            past = cache.shifts.get(self, past)
         extended = torch.cat((past, hidden), dim=1)
         if cache is not None:
-            cache.shifts[self.layer_idx] = extended[:, -reach:]
+            cache.shifts[self] = extended[:, -reach:]
         return hidden + sum(self.weight[i] * extended[:, i : i + length] for i in range(reach))
 
 
@@ -113,18 +114,19 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer_idx: int) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size)
-        self.shift = TokenShift(config.hidden_size, layer_idx)
+        self.attention_shift = TokenShift(config.hidden_size)
         self.attention = DynamicMaskAttention(config, layer_idx)
         self.attention_residual = nn.Parameter(torch.ones(config.hidden_size))
         self.mlp_norm = nn.RMSNorm(config.hidden_size)
+        self.mlp_shift = TokenShift(config.hidden_size)
         self.gate_and_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.mlp_residual = nn.Parameter(torch.ones(config.hidden_size))
 
     def forward(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], cache: KeyValueCache | None = None) -> Tensor:
-        attended = self.attention(self.shift(self.attention_norm(hidden), cache), rotation, cache)
+        attended = self.attention(self.attention_shift(self.attention_norm(hidden), cache), rotation, cache)
         hidden = self.attention_residual * hidden + attended
-        gate, up = self.gate_and_up_proj(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        gate, up = self.gate_and_up_proj(self.mlp_shift(self.mlp_norm(hidden), cache)).chunk(2, dim=-1)
         return self.mlp_residual * hidden + self.down_proj(F.silu(gate) * up)
 
 

@@ -165,10 +165,10 @@ def make_optimizers(model: LanguageModel, device: torch.device) -> list[torch.op
     others = list(set(model.parameters()) - set(matrices))
     # Muon learns most in few steps, and computes in bfloat16, which is slow on CPUs without it.
     if device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        optimizer = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+        optimizer = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.0)
     else:
         optimizer = torch.optim.AdamW(matrices, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    return [optimizer, torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
+    return [optimizer, torch.optim.AdamW(others, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
 BAR = "training {percentage:3.0f}% |{bar}| {elapsed} done, {remaining} left{postfix}"

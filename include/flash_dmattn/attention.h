@@ -22,12 +22,13 @@ namespace flash_dmattn {
 ///
 /// A query that sees no key has output 0 and lse -inf.
 struct Problem {
-  View<4> query;                ///< (B, Q, H, D) float16, bfloat16, float32 or float64, last dimension contiguous
-  View<4> key;                  ///< (B, K, Hk, D), the query's dtype
-  View<4> value;                ///< (B, K, Hk, D), the query's dtype
-  std::optional<View<4>> mask;  ///< (B | 1, 1 | Hk | H, 1 | Q, 1 | K) boolean: true is visible
-  std::optional<View<4>> bias;  ///< (B | 1, 1 | Hk | H, 1 | Q, 1 | K), the query's dtype or float32; -inf masks the key
-  std::optional<View<3>> end;   ///< (B | 1, 1 | Hk | H, K) int32, from make_dynamic_mask
+  View<4> query;                     ///< (B, Q, H, D) float16, bfloat16, float32 or float64, last dimension contiguous
+  View<4> key;                       ///< (B, K, Hk, D), the query's dtype
+  View<4> value;                     ///< (B, K, Hk, D), the query's dtype
+  std::optional<View<4>> mask = {};  ///< (B | 1, 1 | Hk | H, 1 | Q, 1 | K) boolean: true is visible
+  std::optional<View<4>> bias =
+      {};  ///< (B | 1, 1 | Hk | H, 1 | Q, 1 | K), the query's dtype or float32; -inf masks the key
+  std::optional<View<3>> end = {};  ///< (B | 1, 1 | Hk | H, K) int32, from make_dynamic_mask
   double scale = 1;
   double softcap = 0;  ///< 0: none
   bool is_causal = false;
@@ -54,13 +55,13 @@ struct Output {
 };
 
 struct OutputGradient {
-  View<4> out;                 ///< (B, Q, H, D), the query's dtype
-  std::optional<View<3>> lse;  ///< (B, H, Q), the dtype of lse
+  View<4> out;                      ///< (B, Q, H, D), the query's dtype
+  std::optional<View<3>> lse = {};  ///< (B, H, Q), the dtype of lse
 };
 
 struct InputGradient {
-  View<4> query, key, value;    ///< as the inputs, last dimension contiguous; every element is written
-  std::optional<View<4>> bias;  ///< the bias's own sizes and dtype; sizes of 1 are summed over
+  View<4> query, key, value;         ///< as the inputs, last dimension contiguous; every element is written
+  std::optional<View<4>> bias = {};  ///< the bias's own sizes and dtype; sizes of 1 are summed over
 };
 
 /// A short query (decoding) splits its keys over the threads; results do not depend on the number of threads.

@@ -11,10 +11,10 @@ namespace flash_dmattn {
 /// Key j beats key k when its score is larger, or equal and j > k: among equals the newer key wins. NaN ranks lowest.
 /// A causal query at absolute position p = q + K - Q selects among the keys 0..p, any other among all keys.
 struct DynamicMask {
-  View<3> score;                            ///< (B, heads, K), any floating dtype
-  std::optional<View<2>> key_padding_mask;  ///< (B | 1, K) boolean: false is padding, never visible, beats nobody
-  std::int64_t keep_window_size = 0;        ///< w, at least 1
-  std::int64_t query_len = 0;               ///< Q
+  View<3> score;                                 ///< (B, heads, K), any floating dtype
+  std::optional<View<2>> key_padding_mask = {};  ///< (B | 1, K) boolean: false is padding, never visible, beats nobody
+  std::int64_t keep_window_size = 0;             ///< w, at least 1
+  std::int64_t query_len = 0;                    ///< Q
   bool is_causal = true;
 };
 

@@ -113,9 +113,9 @@ void Plan::Lists::list_columns(const Threads& threads) {
 }
 
 /// Causal, with a dynamic mask. Statement 3 of the theorem: a chunk needs the keys that survive at its start, and its
-/// own. The survivors come from those of the chunk before, so a whole row takes O(K) steps. Those that die inside the
-/// chunk are ordered by their end, the last to die first, so that tile after tile sees less of them; the chunk's own
-/// keys follow in the order in which they appear.
+/// own. The survivors come from those of the chunk before, so a whole row takes O(K (1 + w / chunk)) steps. Those that
+/// die inside the chunk are ordered by their end, the last to die first, so that tile after tile sees less of them; the
+/// chunk's own keys follow in the order in which they appear.
 void Plan::Lists::list_survivors(const Threads& threads) {
   positions_.resize(lists_.size());
   run_tasks(list_batch_ * list_heads_, threads, [&](std::int64_t row, int) {

@@ -33,9 +33,7 @@ bool has_avx512() {
 #if defined(FLASH_DMATTN_HAS_AVX512_BF16)
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 /// AMD's dot products do two steps of the sum at the price of one; Intel's are slower than widening to float32.
-bool has_fast_avx512_bf16() {
-  return has_avx512_bf16() && (__builtin_cpu_is("amd") || std::getenv("FLASH_DMATTN_CPU"));
-}
+bool has_fast_avx512_bf16() { return __builtin_cpu_is("amd"); }
 #endif
 #if defined(FLASH_DMATTN_HAS_AMX)
 bool has_amx() {
@@ -49,35 +47,41 @@ bool has_amx() {
 }
 #endif
 
+struct Candidate {
+  InstructionSet set;
+  bool (*is_supported)();
+  bool (*is_worthwhile)();
+};
+
 /// Those of this build, the best first.
-const InstructionSet kSets[] = {
+const Candidate kCandidates[] = {
 #if defined(FLASH_DMATTN_HAS_AMX)
-    {"amx", has_amx, amx_kernels},
+    {{"amx", amx_kernels}, has_amx, always},
 #endif
 #if defined(FLASH_DMATTN_HAS_AVX512_BF16)
-    {"avx512_bf16", has_fast_avx512_bf16, avx512_bf16_kernels},
+    {{"avx512_bf16", avx512_bf16_kernels}, has_avx512_bf16, has_fast_avx512_bf16},
 #endif
 #if defined(FLASH_DMATTN_HAS_AVX512)
-    {"avx512", has_avx512, avx512_kernels},
+    {{"avx512", avx512_kernels}, has_avx512, always},
 #endif
 #if defined(FLASH_DMATTN_HAS_AVX2)
-    {"avx2", has_avx2, avx2_kernels},
+    {{"avx2", avx2_kernels}, has_avx2, always},
 #endif
-    {"baseline", always, baseline_kernels},
+    {{"baseline", baseline_kernels}, always, always},
 };
 
 const InstructionSet& choose() {
   const char* wanted = std::getenv("FLASH_DMATTN_CPU");
   const InstructionSet* best = nullptr;
-  for (const InstructionSet& set : kSets) {
-    if (!set.is_supported()) continue;
-    if (best == nullptr) best = &set;
-    if (wanted != nullptr && std::strcmp(wanted, set.name) == 0) return set;
+  for (const Candidate& candidate : kCandidates) {
+    if (!candidate.is_supported()) continue;
+    if (best == nullptr && candidate.is_worthwhile()) best = &candidate.set;
+    if (wanted != nullptr && std::strcmp(wanted, candidate.set.name) == 0) return candidate.set;
   }
   if (wanted != nullptr && *wanted != 0) {
     std::fprintf(stderr, "flash_dmattn: FLASH_DMATTN_CPU is %s, takes one of:", wanted);
-    for (const InstructionSet& set : kSets)
-      if (set.is_supported()) std::fprintf(stderr, " %s", set.name);
+    for (const Candidate& candidate : kCandidates)
+      if (candidate.is_supported()) std::fprintf(stderr, " %s", candidate.set.name);
     std::fprintf(stderr, "; going on with %s\n", best->name);
   }
   return *best;

@@ -101,7 +101,6 @@ const Kernels& amx_kernels(DType dtype);
 
 struct InstructionSet {
   const char* name;
-  bool (*is_supported)();
   const Kernels& (*kernels)(DType dtype);
 };
 

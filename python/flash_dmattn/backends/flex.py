@@ -134,7 +134,7 @@ def _compiled(device: str) -> Callable[..., Any]:
         def at(tensor: Tensor, b: Tensor, h: Tensor, *rest: Tensor) -> Tensor:
             """tensor[b, h, *rest], where dimensions of size 1 broadcast, and KV heads stand for their query heads."""
             index = (b, h // (heads // tensor.size(1)), *rest)
-            return tensor[tuple(i if size > 1 else 0 for i, size in zip(index, tensor.shape, strict=True))]
+            return tensor[tuple(i if size > 1 else i * 0 for i, size in zip(index, tensor.shape, strict=True))]
 
         def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             position = q + (key_len - query_len)

@@ -2,4 +2,6 @@
 #define FLASH_DMATTN_ISA avx512_bf16
 #include "cpu/kernel/all.h"
 
-const flash_dmattn::cpu::Kernels& flash_dmattn::cpu::avx512_bf16_kernels(DType dtype) { return avx512_bf16::kernels(dtype); }
+const flash_dmattn::cpu::Kernels& flash_dmattn::cpu::avx512_bf16_kernels(DType dtype) {
+  return avx512_bf16::kernels(dtype);
+}

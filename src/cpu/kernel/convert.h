@@ -82,22 +82,20 @@ FLASH_DMATTN_INLINE void with_storage(DType dtype, F f) {
 /// out[i] = in[i], i < n; the numbers of `in` lie one after the other.
 template <class T>
 void load_row(DType dtype, const void* in, std::int64_t n, T* out) {
-  with_storage(
-      dtype, [&](auto storage) __attribute__((always_inline)) {
-        const auto* row = static_cast<const decltype(storage)*>(in);
-        for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(widen(row[i]));
-      });
+  with_storage(dtype, [&](auto storage) __attribute__((always_inline)) {
+    const auto* row = static_cast<const decltype(storage)*>(in);
+    for (std::int64_t i = 0; i < n; ++i) out[i] = static_cast<T>(widen(row[i]));
+  });
 }
 
 /// out[i] = in[i] * factor, i < n
 template <class T>
 void store_row(DType dtype, const T* in, T factor, std::int64_t n, void* out) {
-  with_storage(
-      dtype, [&](auto storage) __attribute__((always_inline)) {
-        auto* row = static_cast<decltype(storage)*>(out);
-        if constexpr (sizeof(storage) >= 4 || sizeof(T) == 4)
-          for (std::int64_t i = 0; i < n; ++i) narrow(in[i] * factor, row + i);
-      });
+  with_storage(dtype, [&](auto storage) __attribute__((always_inline)) {
+    auto* row = static_cast<decltype(storage)*>(out);
+    if constexpr (sizeof(storage) >= 4 || sizeof(T) == 4)
+      for (std::int64_t i = 0; i < n; ++i) narrow(in[i] * factor, row + i);
+  });
 }
 
 /// The number at an address.

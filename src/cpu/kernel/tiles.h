@@ -197,12 +197,11 @@ struct BiasRows {
   static void read_row(const Chunk& chunk, const Block<T>& block, std::int64_t query, std::int64_t head, T* out) {
     const Bias& bias = chunk.bias;
     const char* row = bias.data + query * bias.query + head * bias.head;
-    with_storage(
-        bias.dtype, [&](auto storage) __attribute__((always_inline)) {
-          for (std::int64_t i = 0; i < block.count; ++i)
-            out[i] = in_base_2(
-                static_cast<T>(widen(*reinterpret_cast<const decltype(storage)*>(row + block.key[i] * bias.key))));
-        });
+    with_storage(bias.dtype, [&](auto storage) __attribute__((always_inline)) {
+      for (std::int64_t i = 0; i < block.count; ++i)
+        out[i] = in_base_2(
+            static_cast<T>(widen(*reinterpret_cast<const decltype(storage)*>(row + block.key[i] * bias.key))));
+    });
     for (std::int64_t i = block.count; i < block.panels * kPanel; ++i) out[i] = 0;
   }
   /// A finite bias stays finite: the lowest float32, transformers' mask, is not -inf.

@@ -124,13 +124,11 @@ FLASH_DMATTN_INLINE bool any_greater(Vec<T> v, T limit) {
 }
 template <class T>
 FLASH_DMATTN_INLINE T max_of_lanes(Vec<T> v) {
-  return reduce<T>(
-      v, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return max<T>(a, b); })[0];
+  return reduce<T>(v, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return max<T>(a, b); })[0];
 }
 template <class T>
 FLASH_DMATTN_INLINE T sum_of_lanes(Vec<T> v) {
-  return reduce<T>(
-      v, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; })[0];
+  return reduce<T>(v, [](Vec<T> a, Vec<T> b) __attribute__((always_inline)) { return a + b; })[0];
 }
 
 }  // namespace flash_dmattn::cpu::FLASH_DMATTN_ISA
