@@ -2,8 +2,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; machines that test are shared
 
-import hypothesis  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import torch
 
 # The same examples on every run; HYPOTHESIS_PROFILE=thorough looks at many more, and at new ones each time.
 hypothesis.settings.register_profile(

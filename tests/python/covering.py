@@ -15,8 +15,8 @@ def all_pairs(factors):
 
 
 def complete(case, factors, fits, preference=lambda case, choice: 0):
-    """`case` with a level for every factor, or None where the rules leave none. `fits` judges partial cases, and finds a
-    contradiction sooner when the factors that it relates come first."""
+    """`case` with a level for every factor, or None where the rules leave none. `fits` judges partial cases, and finds
+    a contradiction sooner when the factors that it relates come first."""
     if not fits(case):
         return None
     name = next((name for name in factors if name not in case), None)

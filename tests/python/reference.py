@@ -1,7 +1,7 @@
 """Attention and the dynamic mask written straight from their definitions, in plain torch.
 
-Slow and large on purpose: every (query, key) pair is there. Gradients come from autograd. The dtype of the tensors is the
-dtype of the evaluation: float64 copies give the reference, the tensors themselves what plain torch makes of them.
+Slow and large on purpose: every (query, key) pair is there. Gradients come from autograd. The dtype of the tensors is
+the dtype of the evaluation: float64 copies give the reference, the tensors themselves what plain torch makes of them.
 """
 
 import math
@@ -20,7 +20,7 @@ def causal_mask(query_len, key_len):
 
 
 def beats(score):
-    """score (..., K) -> (..., K, K) bool, [j, k]: key j beats key k. Among equals the newer key wins, NaN is below all."""
+    """score (..., K) -> (..., K, K) bool, [j, k]: key j beats key k. Newer keys win among equals, NaN is below all."""
     j, k = score[..., :, None], score[..., None, :]
     position = torch.arange(score.shape[-1])
     equal = (j == k) | (j.isnan() & k.isnan())
@@ -36,7 +36,7 @@ def select(score, visible, keep_window_size):
 
 
 def select_rows(score, visible, keep_window_size):
-    """The same where each row has scores of its own, (B, heads, Q, K), none of them NaN: by sorting, newest keys first."""
+    """The same where each row has scores of its own, (B, heads, Q, K), none NaN: by sorting, newest keys first."""
     order = score.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     seen = visible.flip(-1).gather(-1, order)
     kept = seen & (seen.cumsum(-1) <= keep_window_size)

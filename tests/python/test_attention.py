@@ -1,8 +1,8 @@
 """Every feature, and every pair of features, against float64: outputs, lse, probabilities and all gradients.
 
-The error may be twice that of plain torch in the same dtype, plus a rounding: plain torch is exact by luck where few terms
-meet (one key, one head dimension), and there nothing can promise better than one rounding of every term to the dtype (their
-errors are independent) and of their sum in float32, in which sums are accumulated.
+The error may be twice that of plain torch in the same dtype, plus a rounding: plain torch is exact by luck where few
+terms meet (one key, one head dimension), and there nothing can promise better than one rounding of every term to the
+dtype (their errors are independent) and of their sum in float32, in which sums are accumulated.
 """
 
 import itertools
@@ -12,14 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import covering
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-import reference
 import torch
 
+import covering
 import flash_dmattn
+import reference
 
 DYNAMIC_MASKS = ("dynamic", "dynamic_padded", "dynamic_everywhere")  # the last is not causal, whatever the call is
 WINDOW_MASKS = ("keep", "keep_per_key", "keep_dense")  # keep_window_size=, without and with a mask beside it
@@ -58,7 +58,7 @@ def fits(case):
     speaks_of = {
         "window": ("mask", DYNAMIC_MASKS + WINDOW_MASKS),
         "mask_heads": ("mask", DYNAMIC_MASKS + TENSOR_MASKS),
-        "mask_batch": ("mask", TENSOR_MASKS + ("dynamic_padded",)),
+        "mask_batch": ("mask", (*TENSOR_MASKS, "dynamic_padded")),
         "mask_dtype": ("mask", TENSOR_MASKS),
         **dict.fromkeys(("bias_heads", "bias_batch", "bias_dtype", "bias_inf"), ("bias", FACTORS["bias"][1:])),
     }
@@ -251,8 +251,8 @@ class Inputs:
         return dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), grads), strict=True))
 
     def magnitudes(self, exact, power):
-        """For every result the magnitude of the terms that are summed to make it, (sum of |term|^power)^(1/power), where
-        it is largest."""
+        """For every result the magnitude of the terms that are summed to make it, (sum of |term|^power)^(1/power),
+        where it is largest."""
         leaves = self.leaves_as(torch.float64)
         query, key, value, bias = self.arguments(leaves)
         group = self.heads // self.kv_heads
@@ -316,9 +316,7 @@ def check(case, seed):
     for name, x in actual.items():
         assert x.shape == exact[name].shape
         dtype = inputs.lse_dtype if name == "lse" else inputs.dtype
-        rounding = (
-            torch.finfo(dtype).eps * independent[name] + torch.finfo(inputs.lse_dtype).eps * accumulated[name]
-        )
+        rounding = torch.finfo(dtype).eps * independent[name] + torch.finfo(inputs.lse_dtype).eps * accumulated[name]
         if dtype == torch.float64:
             rounding *= 4  # nothing is above float64: the reference errs as well
         if name == "lse" and inputs.dtype == torch.bfloat16:

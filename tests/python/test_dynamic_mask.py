@@ -5,9 +5,9 @@ import math
 import hypothesis
 import hypothesis.strategies as st
 import pytest
-import reference
 import torch
 
+import reference
 from flash_dmattn import DynamicMask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -48,7 +48,9 @@ def test_selections_of_the_reference_agree():
         score = random_score(generator, 2, 3, 33, levels=4)
         visible = torch.rand(2, 3, 20, 33, generator=generator) < 0.6
         by_definition = reference.select(score, visible, window)
-        assert torch.equal(by_definition, reference.select_rows(score[:, :, None].expand(2, 3, 20, 33), visible, window))
+        assert torch.equal(
+            by_definition, reference.select_rows(score[:, :, None].expand(2, 3, 20, 33), visible, window)
+        )
         assert torch.equal(by_definition.sum(-1), visible.sum(-1).clamp(max=window))
 
 
@@ -166,13 +168,19 @@ def test_window_of_all_keys_hides_none(is_causal):
 def test_a_single_query_sees_the_best_of_everything():
     score = torch.randn(2, 3, 500)
     dense = DynamicMask.from_score(score, 32, query_len=1).to_dense()
-    assert torch.equal(dense, torch.zeros(2, 3, 1, 500, dtype=torch.bool).scatter(-1, score.topk(32).indices[:, :, None], True))
+    assert torch.equal(
+        dense, torch.zeros(2, 3, 1, 500, dtype=torch.bool).scatter(-1, score.topk(32).indices[:, :, None], True)
+    )
 
 
 def test_any_strides():
     generator = torch.Generator().manual_seed(5)
     score = random_score(generator, 3, 70, 2, levels=6)
-    for view in (score.transpose(1, 2), score.transpose(1, 2)[:, :, ::3], score[:1, :, :1].transpose(1, 2).expand(3, 2, 70)):
+    for view in (
+        score.transpose(1, 2),
+        score.transpose(1, 2)[:, :, ::3],
+        score[:1, :, :1].transpose(1, 2).expand(3, 2, 70),
+    ):
         assert torch.equal(DynamicMask.from_score(view, 9).end, DynamicMask.from_score(view.contiguous(), 9).end)
     padding = torch.rand(70, 3, generator=generator) < 0.5
     for view in (padding.T, padding.T[:1].expand(3, 70), padding.T[:1]):

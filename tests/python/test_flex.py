@@ -31,7 +31,7 @@ def check(inputs, bias=None, visible=None, scale=None, softcap=None, **options):
     torch.testing.assert_close(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad))
 
 
-@pytest.mark.parametrize("query_len, key_len, scale", ((33, 45, None), (150, 150, 0.2), (1, 70, 0.3), (45, 33, None)))
+@pytest.mark.parametrize("query_len, key_len, scale", ((1, 70, 0.3), (45, 33, None)))
 def test_causal(query_len, key_len, scale):
     visible = reference.causal_mask(query_len, key_len)[None, None]
     check(random_inputs(query_len, key_len), visible=visible, scale=scale, is_causal=True)

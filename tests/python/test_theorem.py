@@ -2,14 +2,16 @@
 
 import hypothesis
 import hypothesis.strategies as st
-import reference
 import torch
 
+import reference
 from flash_dmattn import DynamicMask, flash_dmattn_func
 
 # Few levels: ties are the normal case.
 SCORES = st.builds(
-    lambda seed, length, levels: torch.randint(levels, (length,), generator=torch.Generator().manual_seed(seed)).float(),
+    lambda seed, length, levels: torch.randint(
+        levels, (length,), generator=torch.Generator().manual_seed(seed)
+    ).float(),
     seed=st.integers(0, 2**32 - 1),
     length=st.integers(1, 200),
     levels=st.sampled_from((1, 2, 5, 30, 10**6)),
