@@ -17,7 +17,7 @@ package_files := $(engine_files) $(shell find python -type f -name '*.py') pypro
 cpp_files = $(shell find include src tests/cpp examples/cpp benchmarks -name '*.h' -o -name '*.cpp')
 python_files := python tests/python examples benchmarks docs
 
-.PHONY: demo test test-cpp test-python test-wheel test-sanitizers lint format wheel clean
+.PHONY: demo test test-cpp test-python test-wheel test-sanitizers test-address test-thread lint format wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
@@ -43,13 +43,12 @@ test-cpp: $(VENV)/tools
 	$(bin)/ctest --test-dir $(BUILD)/cpp --output-on-failure
 
 test-python: $(VENV)/installed
-	$(bin)/python -m pytest
+	$(bin)/python -m pytest -n 2
 
 # Sanitizers see the engine and its C++ tests.
 test-sanitizers: test-address test-thread
 test-address: sanitizers := address,undefined
 test-thread: sanitizers := thread
-.PHONY: test-address test-thread
 test-address test-thread: $(VENV)/tools
 	$(bin)/cmake -S . -B $(BUILD)/$@ -G Ninja -D CMAKE_MAKE_PROGRAM=$(bin)/ninja -D FLASH_DMATTN_SANITIZE=$(sanitizers)
 	$(bin)/cmake --build $(BUILD)/$@ --parallel $(JOBS)

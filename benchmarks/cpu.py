@@ -147,7 +147,7 @@ def dynamic_mask(length: int, repeats: int, with_peer: bool) -> list[dict]:
         peer_seconds, our_seconds = None, median_seconds([step], repeats)[0]
     return [
         result(f"{name}, forward + backward with bias gradient", our_seconds, peer_seconds, error, 1e-5),
-        result(f"{name}, making the mask, of the forward", our_mask, our_forward, error, 1e-5),
+        quantity(f"{name}, making the mask, share of the forward", 100 * our_mask / our_forward, "%"),
     ]
 
 

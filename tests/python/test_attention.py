@@ -79,6 +79,22 @@ def test_cases_hold_every_pair():
     assert {name for pair in left for name, _ in pair} <= set(itertools.takewhile(lambda n: n != "lengths", FACTORS))
 
 
+def test_reference_agrees_with_torch():
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 30, 6, 8, generator=generator, dtype=torch.float64)
+    key, value = torch.randn(2, 2, 40, 2, 8, generator=generator, dtype=torch.float64)
+    bias = torch.randn(2, 6, 30, 40, generator=generator, dtype=torch.float64)
+    visible = reference.causal_mask(30, 40)[None, None] & (torch.rand(2, 1, 1, 40, generator=generator) < 0.8)
+    visible[..., 0] = True  # a row without keys is not torch's zero
+    out, lse, probs = reference.attention(query, key, value, bias, visible)
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    mask = bias.masked_fill(~visible, -math.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+    logits = reference.logits(query, key, bias, visible, 8**-0.5, None)
+    torch.testing.assert_close(probs, (logits - lse[..., None]).exp())
+
+
 class Inputs:
     """The tensors of a case, made from its seed: leaves that gradients are asked of, and views of them as arguments."""
 

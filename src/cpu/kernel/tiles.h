@@ -206,9 +206,10 @@ struct BiasRows {
   }
   /// A finite bias stays finite: the lowest float32, transformers' mask, is not -inf.
   static FLASH_DMATTN_INLINE T in_base_2(T bias) {
-    constexpr T lowest = sizeof(T) == 4 ? T(-0x1.fffffep127) : T(-0x1.fffffffffffffp1023);
+    constexpr T largest = sizeof(T) == 4 ? T(0x1.fffffep127) : T(0x1.fffffffffffffp1023);
     const T x = bias * static_cast<T>(kLog2E);
-    return x < lowest && bias >= lowest ? lowest : x;
+    if (bias < -largest || bias > largest) return x;
+    return x < -largest ? -largest : x > largest ? largest : x;
   }
 };
 
