@@ -73,6 +73,7 @@ lint: $(VENV)/installed
 	$(bin)/ruff format --check $(python_files)
 	$(bin)/clang-format --dry-run --Werror $(cpp_files)
 	$(bin)/mypy
+	$(bin)/python benchmarks/report.py --check
 
 format: $(VENV)/installed
 	$(bin)/ruff check --fix $(python_files)

@@ -57,7 +57,7 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    got, expected = got.double(), expected.double()
+    got, expected = got.detach().double(), expected.detach().double()
     return float((got - expected).norm() / expected.norm())
 
 
