@@ -157,7 +157,7 @@ FLASH_DMATTN_INLINE Vec<T> masked(Vec<T> logits, Test test, const Block<T>& bloc
                ? logits
                : hidden;
   const IntVec<T> start = load(block.start + panel * kPanel + lane), end = load(block.end + panel * kPanel + lane);
-  return (start <= position) & (position < end) ? logits : hidden;
+  return ((start <= position) & (position < end)) ? logits : hidden;
 }
 
 /// The bias in base 2 for a block of keys: one row for all the chunk, one for each head, or one for each row of a tile.
