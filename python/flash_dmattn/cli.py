@@ -68,7 +68,7 @@ def info(options: argparse.Namespace) -> int:
     print("kernels:")
     print(f"  cpu     compiled in; this machine runs those for {torch.ops.flash_dmattn.cpu_instruction_set()}")
     print(f"  cuda    {NO_CUDA_KERNELS}")
-    print("cache:    none is needed, nothing is compiled at run time")
+    print("cache:    the compiled kernels need none; those of flex are in TorchInductor's own")
     return 0
 
 
