@@ -1,5 +1,5 @@
-// The 16-bit floating formats, one number at a time. Kernels have their own (src/cpu/kernel/convert.h), since they share
-// no inline code with other translation units.
+// The 16-bit floating formats, one number at a time. Kernels have their own (src/cpu/kernel/convert.h), since they
+// share no inline code with other translation units.
 #pragma once
 #include <bit>
 #include <cstdint>
