@@ -36,10 +36,9 @@ struct Plan::Lists {
 
   /// The keys for chunk c of query heads [unit * pack, (unit + 1) * pack).
   const KeyList& keys(std::int64_t b, std::int64_t unit, std::int64_t c) const {
-    return lists_[static_cast<std::size_t>((list_row(b, unit)) * chunks() + c)];
+    return lists_[static_cast<std::size_t>(list_row(b, unit) * chunks() + c)];
   }
   std::int64_t longest_list() const;
-  std::int64_t most_queries() const { return std::min(chunk, shape.query_len); }  ///< of any chunk
 
   std::int32_t start(std::int32_t key) const { return is_causal ? key : kFromTheStart; }
   /// Where the intervals of one row of keys end.
@@ -81,8 +80,8 @@ struct Plan::Lists {
                                                 columns_->size[3] == 1 ? 0 : k) != 0;
   }
 
-  std::optional<View<4>> columns_, rows_,
-      dense_;  // the mask, as one of: a value for each key, for each query, for each pair
+  // The mask, as one of: a value for each key, for each query, for each pair.
+  std::optional<View<4>> columns_, rows_, dense_;
   std::optional<View<3>> end_;
   std::int64_t list_batch_ = 1, list_heads_ = 1;  // what the lists are broadcast over
   std::vector<KeyList> lists_;

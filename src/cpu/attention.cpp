@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
@@ -163,13 +162,6 @@ char* lse_from(const View<3>& lse, const Tasks& tasks, const Chunk& chunk) {
   return address(lse, chunk.batch, tasks.first_head(chunk), chunk.first_query);
 }
 
-template <class T>
-void fill(const View<3>& view, T value) {
-  for (std::int64_t b = 0; b < view.size[0]; ++b)
-    for (std::int64_t h = 0; h < view.size[1]; ++h)
-      for (std::int64_t i = 0; i < view.size[2]; ++i) *at<T>(view, b, h, i) = value;
-}
-
 /// Zeros whatever the strides: all dtypes write 0 as zero bytes.
 void clear(const View<4>& view) {
   const std::size_t size = size_of(view.dtype);
@@ -308,12 +300,12 @@ void backward(const Problem& problem, const Plan& plan, const Output& output, co
     const bool per_query = largest.bias.per_query;
     // A per-key bias is summed for every head that a chunk tells apart, and brought to its own shape at the end.
     const std::int64_t bias_heads = lists.units_of_heads() * (largest.bias.per_head ? lists.pack : 1);
-    const View<4> size_of_key_bias{nullptr, sum, {shape.batch, bias_heads, 1, shape.key_len}, {}};
     const Memory key_bias(
         with_bias && !per_query ? static_cast<std::size_t>(shape.batch * bias_heads * shape.key_len * bytes(sum)) : 0);
-    View<4> key_bias_view = size_of_key_bias;
-    key_bias_view.data = key_bias.data();
-    key_bias_view.stride = {bias_heads * shape.key_len, shape.key_len, shape.key_len, 1};
+    const View<4> key_bias_view{key_bias.data(),
+                                sum,
+                                {shape.batch, bias_heads, 1, shape.key_len},
+                                {bias_heads * shape.key_len, shape.key_len, shape.key_len, 1}};
     if (with_bias && !per_query) clear(key_bias_view);
 
     // Tasks of one KV head share its key sums. Tasks of one chunk share rows of a per-query bias's gradient where that

@@ -62,7 +62,7 @@ class Backward {
     Arithmetic::begin();
     begin(task);
     for (std::int64_t first = 0; first < chunk.keys.count; first += kBlock) {
-      block_.read(chunk, first, first + kBlock < chunk.keys.count ? first + kBlock : chunk.keys.count);
+      block_.read(chunk, first, chunk.keys.count);
       bias_.read(chunk, block_);
       bool loaded = false;
       for (std::int64_t t = 0; t < tiles_.count(); ++t) {
@@ -172,7 +172,7 @@ class Backward {
               logit = tanh * logit_.cap + load(bias + j);
               factor = T(1) - tanh * tanh;
             } else {
-              logit = product * logit_.scale + load(bias + j);
+              logit = logit_.template operator()<false>(product, load(bias + j));
             }
             if constexpr (tested.value)
               logit = masked<T>(logit, test, block_, p, static_cast<int>(j - p * kPanel), position, word);
@@ -208,7 +208,7 @@ class Backward {
     const Chunk& chunk = task.chunk;
     const T scale = static_cast<T>(chunk.scale);
     for (std::int64_t first = 0; first < chunk.keys.count; first += kBlock) {
-      block_.read(chunk, first, first + kBlock < chunk.keys.count ? first + kBlock : chunk.keys.count);
+      block_.read(chunk, first, chunk.keys.count);
       for (std::int64_t i = 0; i < block_.count; ++i) {
         T* key = reinterpret_cast<T*>(row_of(task.key_sum, block_.key[i]));
         T* value = reinterpret_cast<T*>(row_of(task.value_sum, block_.key[i]));

@@ -48,7 +48,7 @@ class Forward {
     query_key_.load_query(chunk, chunk.query);
     positions_.read(chunk);
     for (std::int64_t first = task.first_key; first < task.last_key; first += kBlock) {
-      block_.read(chunk, first, first + kBlock < task.last_key ? first + kBlock : task.last_key);
+      block_.read(chunk, first, task.last_key);
       bias_.read(chunk, block_);
       bool loaded = false;
       for (std::int64_t t = 0; t < tiles_.count(); ++t) {

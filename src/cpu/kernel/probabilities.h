@@ -34,7 +34,7 @@ class Probabilities {
     query_key_.load_query(chunk, chunk.query);
     positions_.read(chunk);
     for (std::int64_t first = 0; first < chunk.keys.count; first += kBlock) {
-      block_.read(chunk, first, first + kBlock < chunk.keys.count ? first + kBlock : chunk.keys.count);
+      block_.read(chunk, first, chunk.keys.count);
       bias_.read(chunk, block_);
       query_key_.load_keys(chunk, chunk.key, block_);
       for (std::int64_t t = 0; t < tiles_.count(); ++t) {

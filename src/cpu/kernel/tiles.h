@@ -69,9 +69,10 @@ struct Block {
     Int first_start, last_start, first_end, last_end;
   } range[kPanels];
 
+  /// The keys from `first` of the list on, a block of them or as many as are left before `last`.
   void read(const Chunk& chunk, std::int64_t first, std::int64_t last) {
     first_key = first;
-    count = last - first;
+    count = last - first < kBlock ? last - first : kBlock;
     panels = (count + kPanel - 1) / kPanel;
     row_bytes = chunk.head_dim * (chunk.key.dtype == DType::float64 ? 8 : chunk.key.dtype == DType::float32 ? 4 : 2);
     std::int32_t starts[kBlock], ends[kBlock];
