@@ -28,7 +28,8 @@ struct Problem {
   std::optional<View<4>> mask = {};  ///< (B | 1, 1 | Hk | H, 1 | Q, 1 | K) boolean: true is visible
   std::optional<View<4>> bias =
       {};  ///< (B | 1, 1 | Hk | H, 1 | Q, 1 | K), the query's dtype or float32; -inf masks the key
-  std::optional<View<3>> end = {};  ///< (B | 1, 1 | Hk | H, K) int32, from make_dynamic_mask
+  std::optional<View<3>> end = {};        ///< (B | 1, 1 | Hk | H, K) int32, from make_dynamic_mask
+  std::optional<View<4>> survivors = {};  ///< beside end, on a GPU: from cuda::make_dynamic_mask; the CPU needs none
   double scale = 1;
   double softcap = 0;  ///< 0: none
   bool is_causal = false;

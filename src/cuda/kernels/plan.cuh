@@ -1,0 +1,54 @@
+// The plan: for every run of query positions (a tile of the forward pass, a chunk of the backward pass), the keys to load
+// and how they are tested. Kernels read plans; they know nothing of where a mask came from.
+#pragma once
+#include "problem.cuh"
+#include "types.cuh"
+
+namespace flash_dmattn::cuda {
+
+struct KeyList {
+  i64 offset;  ///< of its first key in Plan::positions
+  int count;   ///< keys
+  int full;    ///< the first of them that need no test: every position of the run sees them
+};
+
+/// The positions that see a key: [start, end).
+struct Interval {
+  int start, end;
+};
+
+struct Plan {
+  int run;                ///< query positions per list
+  int runs;               ///< divide_up(query_len, run)
+  int is_causal;
+  const KeyList* lists;   ///< (B | 1, units | 1, runs); null: spans, the keys 0, 1, 2, … up to what causality allows
+  i64 lists_batch, lists_unit;   ///< strides, 0 where broadcast
+  const int* positions;   ///< with lists: the keys' positions; null: the keys 0, 1, 2, …
+  const u32* bits;        ///< Test::bits: for each listed key `words` words, bit i of which says that position i of the
+  int words;              ///< run sees it; divide_up(run, 32)
+  const int* end;         ///< (B | 1, units | 1, K): the dynamic mask's; null: for ever
+  i64 end_batch, end_unit, end_key;
+  const unsigned char* visible_rows;  ///< (B | 1, units | 1, Q) boolean: false hides a query from every key; null: none
+  i64 rows_batch, rows_unit, rows_query;
+
+  /// The list of a run, whose keys' positions are `key`. The queries stand at [first, last] in absolute positions.
+  KeyList list(const Shape& shape, int b, int unit, int index) const {
+    if (lists) return lists[b * lists_batch + unit * lists_unit + index];
+    const int first = index * run + shape.first_position(), last = least(first + run, shape.key_len) - 1;
+    const int seen_by_last = is_causal ? most(last + 1, 0) : shape.key_len;
+    const int seen_by_all = end ? 0 : is_causal ? most(first + 1, 0) : shape.key_len;
+    return {0, seen_by_last, seen_by_all};
+  }
+  /// The position of entry i of a list.
+  int key(const KeyList& list, int i) const { return positions ? positions[list.offset + i] : i; }
+  /// Test::interval: the positions that see a key.
+  Interval interval(int b, int unit, int key) const {
+    return {is_causal ? key : kSmallest, end ? end[b * end_batch + unit * end_unit + key * end_key] : kLargest};
+  }
+  /// Whether the mask hides a query from every key.
+  bool is_hidden(int b, int unit, int query) const {
+    return visible_rows && !visible_rows[b * rows_batch + unit * rows_unit + query * rows_query];
+  }
+};
+
+}  // namespace flash_dmattn::cuda

@@ -1,0 +1,21 @@
+// Where a thread is, and barriers.
+#pragma once
+#include "types.cuh"
+
+namespace flash_dmattn::cuda {
+
+__forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+__forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
+__forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
+__forceinline__ int block_index_y() { return static_cast<int>(blockIdx.y); }
+__forceinline__ int block_index_z() { return static_cast<int>(blockIdx.z); }
+__forceinline__ int grid_blocks() { return static_cast<int>(gridDim.x); }
+__forceinline__ int grid_blocks_y() { return static_cast<int>(gridDim.y); }
+
+__forceinline__ void sync_block() { __syncthreads(); }
+/// Barrier `id` (1..15) of `threads` threads.
+__forceinline__ void sync_threads(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+}  // namespace flash_dmattn::cuda
