@@ -4,15 +4,23 @@ include(CMakePackageConfigHelpers)
 include(GNUInstallDirs)
 find_package(Threads REQUIRED)
 
-file(GLOB engine_sources CONFIGURE_DEPENDS src/core/*.cpp src/cpu/*.cpp)
-add_library(flash_dmattn_engine STATIC ${engine_sources})
+file(GLOB engine_sources CONFIGURE_DEPENDS
+  src/core/*.cpp src/cpu/*.cpp src/cuda/*.cpp src/cuda/jit/*.cpp src/cuda/launch/*.cpp)
+add_library(flash_dmattn_engine STATIC ${engine_sources} ${PROJECT_BINARY_DIR}/cuda_sources.cpp)
 add_library(flash_dmattn::engine ALIAS flash_dmattn_engine)
 target_include_directories(flash_dmattn_engine
   PUBLIC $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>
-  PRIVATE src)
+  PRIVATE src src/cuda/kernels src/cuda/launch)
 target_compile_features(flash_dmattn_engine PUBLIC cxx_std_20)
-target_link_libraries(flash_dmattn_engine PUBLIC Threads::Threads)
+target_link_libraries(flash_dmattn_engine PUBLIC Threads::Threads PRIVATE ${CMAKE_DL_LIBS})
 set_target_properties(flash_dmattn_engine PROPERTIES EXPORT_NAME engine)
+
+# CUDA kernels are compiled at run time; the library carries their sources.
+file(GLOB_RECURSE cuda_sources CONFIGURE_DEPENDS src/cuda/kernels/*.cuh)
+add_custom_command(OUTPUT ${PROJECT_BINARY_DIR}/cuda_sources.cpp
+  COMMAND ${CMAKE_COMMAND} -D ROOT=${PROJECT_SOURCE_DIR}/src/cuda/kernels -D OUTPUT=${PROJECT_BINARY_DIR}/cuda_sources.cpp
+    -P ${PROJECT_SOURCE_DIR}/cmake/embed.cmake
+  DEPENDS ${cuda_sources} cmake/embed.cmake VERBATIM)
 
 # The kernels are compiled once for each instruction set; the engine chooses among them at run time. A compiler too old for
 # one leaves it out.

@@ -15,6 +15,9 @@ struct bfloat16 {
   u16 bits;
 };
 
+/// The dtypes that kernels compute in.
+enum class Number : int { float16, bfloat16 };
+
 constexpr int kSmallest = -2147483647 - 1, kLargest = 2147483647;
 
 template <class T>
@@ -27,7 +30,6 @@ constexpr T most(T a, T b) {
 }
 constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
 constexpr int round_up(int a, int b) { return divide_up(a, b) * b; }
-
 
 /// Bytes of shared memory that one block may have on an architecture (compute capability: 80, 90, 120, …).
 constexpr int shared_capacity(int arch) {

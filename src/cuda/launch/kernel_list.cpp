@@ -1,0 +1,70 @@
+#include "kernel_list.h"
+
+#include <map>
+#include <set>
+#include <string>
+#include <tuple>
+
+namespace flash_dmattn::cuda {
+
+// For now: until each launcher has its own.
+__attribute__((weak)) void list_mask_kernels(const Selection&, std::vector<ListedKernel>&) {}
+__attribute__((weak)) void list_plan_kernels(const Selection&, std::vector<ListedKernel>&) {}
+__attribute__((weak)) void list_forward_kernels(const Selection&, std::vector<ListedKernel>&) {}
+__attribute__((weak)) void list_backward_kernels(const Selection&, std::vector<ListedKernel>&) {}
+
+std::vector<ListedKernel> list_kernels(const Selection& selection) {
+  std::vector<ListedKernel> kernels;
+  for (auto list : {list_mask_kernels, list_plan_kernels, list_forward_kernels, list_backward_kernels})
+    list(selection, kernels);
+  for (ListedKernel& kernel : kernels) kernel.arch = selection.arch;
+  return kernels;
+}
+
+namespace {
+
+// The pairs (option, value), (option, value) of one kernel; with an option and itself, the value alone.
+using Pair = std::tuple<std::size_t, int, std::size_t, int>;
+
+std::set<Pair> pairs_of(const std::vector<int>& options) {
+  std::set<Pair> pairs;
+  for (std::size_t i = 0; i < options.size(); ++i)
+    for (std::size_t j = i; j < options.size(); ++j) pairs.emplace(i, options[i], j, options[j]);
+  return pairs;
+}
+
+// Greedy: always the kernel that has the most pairs that none has yet, the first of them.
+std::vector<ListedKernel> covering_instances(std::vector<ListedKernel> kernels) {
+  std::vector<ListedKernel> chosen;
+  std::set<Pair> covered;
+  std::vector<std::set<Pair>> missing;
+  for (const ListedKernel& kernel : kernels) missing.push_back(pairs_of(kernel.options));
+  while (true) {
+    std::size_t best = 0;
+    for (std::size_t i = 0; i < kernels.size(); ++i) {
+      std::erase_if(missing[i], [&](const Pair& pair) { return covered.contains(pair); });
+      if (missing[i].size() > missing[best].size()) best = i;
+    }
+    if (missing[best].empty()) break;
+    covered.insert(missing[best].begin(), missing[best].end());
+    chosen.push_back(kernels[best]);
+  }
+  // A template without options has one instance.
+  return chosen.empty() ? kernels : chosen;
+}
+
+}  // namespace
+
+std::vector<ListedKernel> covering(const std::vector<ListedKernel>& kernels) {
+  std::map<std::pair<std::string, std::string>, std::vector<ListedKernel>> templates;
+  for (const ListedKernel& kernel : kernels) {
+    const std::string& name = kernel.kernel.name;
+    templates[{kernel.kernel.header, name.substr(0, name.find('<'))}].push_back(kernel);
+  }
+  std::vector<ListedKernel> chosen;
+  for (auto& [name, instances] : templates)
+    for (ListedKernel& kernel : covering_instances(std::move(instances))) chosen.push_back(std::move(kernel));
+  return chosen;
+}
+
+}  // namespace flash_dmattn::cuda
