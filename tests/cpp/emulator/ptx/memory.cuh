@@ -1,0 +1,90 @@
+// Copies between global memory, shared memory and registers, and atomic operations.
+#pragma once
+#include <cstring>
+
+#include "../threads.h"
+#include "types.cuh"
+
+namespace flash_dmattn::cuda {
+
+inline u32 shared_address(const void* p) {
+  emulator::require_shared("shared_address", p, 0);
+  return static_cast<u32>(static_cast<const char*>(p) - emulator::self->block->shared);
+}
+
+inline void copy_async_16(void* shared, const void* global, bool valid) {
+  emulator::require_aligned("copy_async_16 to shared memory", shared, 16);
+  emulator::require_shared("copy_async_16", shared, 16);
+  if (valid) emulator::require_aligned("copy_async_16 from global memory", global, 16);
+  std::memset(shared, 0xff, 16);
+  emulator::self->copies.push_back({shared, global, valid, emulator::self->groups});
+}
+inline void commit_copies() { ++emulator::self->groups; }
+template <int kPending>
+void wait_copies() {
+  emulator::Thread& thread = *emulator::self;
+  while (!thread.copies.empty() && thread.copies.front().group < thread.groups - kPending) {
+    const emulator::Copy& copy = thread.copies.front();
+    if (copy.valid)
+      std::memcpy(copy.shared, copy.global, 16);
+    else
+      std::memset(copy.shared, 0, 16);
+    thread.copies.pop_front();
+  }
+}
+
+namespace emulator {
+
+template <bool kTransposed>
+void load_matrices(const char* operation, u32 (&m)[4], const void* row) {
+  require_aligned(operation, row, 16);
+  require_shared(operation, row, 16);
+  struct Lane {
+    u32 (&m)[4];
+    const u16* row;
+  } lane{m, static_cast<const u16*>(row)};
+  with_warp(operation, lane, [](Lane* const* lanes) {
+    for (int t = 0; t < 32; ++t)
+      for (int i = 0; i < 4; ++i) {
+        const auto element = [&](int row, int column) -> u32 {
+          return kTransposed ? lanes[8 * i + column]->row[row] : lanes[8 * i + row]->row[column];
+        };
+        const int column = 2 * (t % 4);
+        lanes[t]->m[i] = element(t / 4, column) | element(t / 4, column + 1) << 16;
+      }
+  });
+}
+
+}  // namespace emulator
+
+inline void load_matrices(u32 (&m)[4], const void* row) { emulator::load_matrices<false>("load_matrices", m, row); }
+inline void load_matrices_transposed(u32 (&m)[4], const void* row) {
+  emulator::load_matrices<true>("load_matrices_transposed", m, row);
+}
+
+inline int fetch_add(int* p, int x) {
+  const int before = *p;
+  *p += x;
+  return before;
+}
+inline void add_to(float* p, float x) { *p += x; }
+inline void add_to(float* p, float x, float y) {
+  emulator::require_aligned("add_to", p, 8);
+  p[0] += x;
+  p[1] += y;
+}
+inline void add_to(float* p, float x, float y, float z, float w) {
+  emulator::require_aligned("add_to", p, 16);
+  p[0] += x;
+  p[1] += y;
+  p[2] += z;
+  p[3] += w;
+}
+
+inline int load_acquired(const int* p) {
+  emulator::wait_for_others();
+  return *p;
+}
+inline void add_released(int* p, int x) { *p += x; }
+
+}  // namespace flash_dmattn::cuda

@@ -1,0 +1,73 @@
+// What the emulated instructions (ptx/) are made of: threads that meet.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <string>
+
+#include "types.cuh"
+
+namespace flash_dmattn::cuda::emulator {
+
+struct Block {
+  int index[3], grid[3];
+  int threads;
+  char* shared;
+  int shared_bytes;
+
+  bool is_shared(const void* p, int bytes) const {
+    return p >= shared && static_cast<const char*>(p) + bytes <= shared + shared_bytes;
+  }
+};
+
+/// 16 bytes on their way to shared memory.
+struct Copy {
+  void* shared;
+  const void* global;
+  bool valid;
+  int group;
+};
+
+struct Thread {
+  int index;  ///< in its block
+  Block* block;
+  std::deque<Copy> copies;
+  int groups = 0;  ///< committed
+
+  int lane() const { return index % 32; }
+};
+
+/// The one that runs: threads take turns, and only change where they meet or wait.
+extern Thread* self;
+
+/// Ends the launch, which throws an Error.
+[[noreturn]] void fail(const std::string& message);
+
+/// Waits until all threads of the warp have come here. The last one does `work` for all of them: it gets what each
+/// gave.
+void meet_warp(const char* operation, void* given, void (*work)(void* const* given));
+
+/// Waits until `threads` threads of the block have come to barrier `id`.
+void meet_block(int id, int threads);
+
+/// Lets others run: called by a thread that waits for another block.
+void wait_for_others();
+
+/// The same with types: `work` is a lambda without captures that takes Lane* (&)[32], indexed by thread.
+template <class Lane, class Work>
+void with_warp(const char* operation, Lane& lane, Work) {
+  meet_warp(operation, &lane, [](void* const* given) {
+    Lane* lanes[32];
+    for (int i = 0; i < 32; ++i) lanes[i] = static_cast<Lane*>(given[i]);
+    Work{}(lanes);
+  });
+}
+
+inline void require_aligned(const char* operation, const void* p, int bytes) {
+  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0)
+    fail(std::string(operation) + ": the address is no multiple of " + std::to_string(bytes));
+}
+inline void require_shared(const char* operation, const void* p, int bytes) {
+  if (!self->block->is_shared(p, bytes)) fail(std::string(operation) + ": outside the block's shared memory");
+}
+
+}  // namespace flash_dmattn::cuda::emulator
