@@ -7,8 +7,8 @@
 
 namespace flash_dmattn::cuda {
 
-/// How the query heads of a problem are packed into tiles of at most `rows` rows: the most heads that divide H / Hk, fit,
-/// and share a mask and (where it is the same for all queries) a bias.
+/// How the query heads of a problem are packed into tiles of at most `rows` rows: the most heads that divide H / Hk,
+/// fit, and share a mask and (where it is the same for all queries) a bias.
 Shape make_shape(const Problem& problem, int rows);
 
 /// BiasKind::per_key wherever the bias is the same for all queries; make_shape packs accordingly.
