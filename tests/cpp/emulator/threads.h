@@ -23,6 +23,7 @@ struct Block {
 struct Copy {
   void* shared;
   const void* global;
+  int bytes;
   bool valid;
   int group;
 };

@@ -12,6 +12,12 @@ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid)
                "r"(valid ? 16 : 0)
                : "memory");
 }
+/// 4 bytes, addresses that are multiples of 4.
+__forceinline__ void copy_async_4(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 4 : 0)
+               : "memory");
+}
 /// Ends a group of this thread's copies.
 __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most kPending of this thread's groups are under way.

@@ -56,5 +56,8 @@ __forceinline__ float fast_reciprocal(float x) {
 }
 /// x * y + z, rounded once.
 __forceinline__ float multiply_add(float x, float y, float z) { return __fmaf_rn(x, y, z); }
+/// The other one, if one is NaN.
+__forceinline__ float maximum(float x, float y) { return fmaxf(x, y); }
+__forceinline__ float minimum(float x, float y) { return fminf(x, y); }
 
 }  // namespace flash_dmattn::cuda

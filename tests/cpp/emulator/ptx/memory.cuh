@@ -12,12 +12,23 @@ inline u32 shared_address(const void* p) {
   return static_cast<u32>(static_cast<const char*>(p) - emulator::self->block->shared);
 }
 
+namespace emulator {
+
+inline void copy_async(const char* operation, void* shared, const void* global, int bytes, bool valid) {
+  require_aligned(operation, shared, bytes);
+  require_shared(operation, shared, bytes);
+  if (valid) require_aligned(operation, global, bytes);
+  std::memset(shared, 0xff, bytes);
+  self->copies.push_back({shared, global, bytes, valid, self->groups});
+}
+
+}  // namespace emulator
+
 inline void copy_async_16(void* shared, const void* global, bool valid) {
-  emulator::require_aligned("copy_async_16 to shared memory", shared, 16);
-  emulator::require_shared("copy_async_16", shared, 16);
-  if (valid) emulator::require_aligned("copy_async_16 from global memory", global, 16);
-  std::memset(shared, 0xff, 16);
-  emulator::self->copies.push_back({shared, global, valid, emulator::self->groups});
+  emulator::copy_async("copy_async_16", shared, global, 16, valid);
+}
+inline void copy_async_4(void* shared, const void* global, bool valid) {
+  emulator::copy_async("copy_async_4", shared, global, 4, valid);
 }
 inline void commit_copies() { ++emulator::self->groups; }
 template <int kPending>
@@ -26,9 +37,9 @@ void wait_copies() {
   while (!thread.copies.empty() && thread.copies.front().group < thread.groups - kPending) {
     const emulator::Copy& copy = thread.copies.front();
     if (copy.valid)
-      std::memcpy(copy.shared, copy.global, 16);
+      std::memcpy(copy.shared, copy.global, copy.bytes);
     else
-      std::memset(copy.shared, 0, 16);
+      std::memset(copy.shared, 0, copy.bytes);
     thread.copies.pop_front();
   }
 }

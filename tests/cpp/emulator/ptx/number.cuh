@@ -58,5 +58,7 @@ inline float fast_exp2(float x) { return emulator::flush(std::exp2(emulator::flu
 inline float fast_log2(float x) { return std::log2(emulator::flush(x)); }
 inline float fast_reciprocal(float x) { return emulator::flush(1 / emulator::flush(x)); }
 inline float multiply_add(float x, float y, float z) { return std::fma(x, y, z); }
+inline float maximum(float x, float y) { return std::fmax(x, y); }
+inline float minimum(float x, float y) { return std::fmin(x, y); }
 
 }  // namespace flash_dmattn::cuda
