@@ -1,7 +1,6 @@
 """Attention where each query attends to the best-scored keys that it may see."""
 
 from .api import (
-    CUDA_AVAILABLE,
     FLEX_AVAILABLE,
     TRITON_AVAILABLE,
     flash_dmattn_func,
@@ -10,6 +9,7 @@ from .api import (
     get_available_backends,
     triton_dmattn_func,
 )
+from .backends import BACKENDS
 from .dynamic_mask import DynamicMask
 
 __all__ = [
@@ -24,8 +24,12 @@ __all__ = [
     "triton_dmattn_func",
 ]
 
+CUDA_AVAILABLE: bool
 
-def __getattr__(name: str) -> str:
+
+def __getattr__(name: str) -> str | bool:
+    if name == "CUDA_AVAILABLE":  # found out when first asked for
+        return BACKENDS["cuda"].MISSING is None
     if name == "__version__":
         from importlib.metadata import version
 

@@ -6,15 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import checks
 from .backends import BACKENDS
 from .dynamic_mask import DynamicMask
-from .problem import make_problem
+from .problem import autocast_dtype, make_problem
 
-CUDA_AVAILABLE = BACKENDS["cuda"].MISSING is None
 TRITON_AVAILABLE = BACKENDS["triton"].MISSING is None
 FLEX_AVAILABLE = BACKENDS["flex"].MISSING is None
 
@@ -29,7 +27,7 @@ def flash_dmattn_func_auto(backend: str | None = None) -> Callable[..., Any]:
 
     Args:
         backend: "cuda", "triton", "flex" or "cpu"; None: what fits the tensors of each call, "cpu" for CPU tensors and
-            the first available of "cuda", "triton" and "flex" for all others.
+            the first available of "cuda", "triton" and "flex" that takes their dtype for all others.
 
     Raises:
         ValueError: for a name that is no backend's.
@@ -63,7 +61,8 @@ def flash_dmattn_func(
     contiguous.
 
     Args:
-        query: (B, Q, H, D) float16, bfloat16, float32 or float64, D up to 256. Autocast applies.
+        query: (B, Q, H, D) float16, bfloat16, float32 or float64, D up to 256; on a GPU float16 or bfloat16. Autocast
+            applies.
         key: (B, K, Hk, D), the query's dtype and device.
         value: (B, K, Hk, D), the query's dtype and device.
         attn_mask: (B | 1, 1 | Hk | H, 1 | Q, 1 | K), bool or numbers, where True or 1 is visible; or a `DynamicMask`. A
@@ -74,7 +73,8 @@ def flash_dmattn_func(
         is_causal: query q sees the keys up to q + K - Q. None: as the DynamicMask says if there is one, else False. A
             causal DynamicMask stays causal whatever is given here.
         softcap: scores become softcap * tanh(scores / softcap); above 0.
-        deterministic: the same bits on every run, which the CPU engine gives in any case, with any number of threads.
+        deterministic: the same bits on every run. The CPU engine gives them in any case, with any number of threads; on
+            a GPU sums then wait for their turn.
         return_attn_probs: also return what the softmax gave, (B, H, Q, K), for tests. Has no gradient.
         keep_window_size: each query attends to this many keys only, the best by attn_bias of those it may see; among
             equals the newer key wins. O(K) memory for a bias and mask that belong to the key alone (size 1 or expanded
@@ -149,10 +149,12 @@ def _check_available(backend: str) -> None:
         raise ImportError(missing)
 
 
-def _best_backend(device: torch.device) -> str:
-    if device.type == "cpu":
+def _best_backend(query: Tensor) -> str:
+    if query.device.type == "cpu":
         return "cpu"
-    return next((name for name in ("cuda", "triton", "flex") if BACKENDS[name].MISSING is None), "cuda")
+    available = [name for name in ("cuda", "triton", "flex") if BACKENDS[name].MISSING is None]
+    dtype = autocast_dtype(query, "cuda") if query.is_cuda else query.dtype
+    return next((name for name in available if dtype in BACKENDS[name].DTYPES), (*available, "cuda")[0])
 
 
 def _attention(
@@ -173,11 +175,13 @@ def _attention(
     checks.check_flag("deterministic", deterministic)
     checks.check_flag("return_attn_probs", return_attn_probs)
     checks.check_tensor("query", query, 4, "(batch, query_len, heads, head_dim)")
-    backend = backend or _best_backend(query.device)
+    backend = backend or _best_backend(query)
     _check_available(backend)
     module = BACKENDS[backend]
     checks.check_backend("query", query, backend, module.DEVICES)
-    problem = make_problem(query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, keep_window_size)
+    problem = make_problem(
+        query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, keep_window_size
+    )
     if not return_attn_probs:
         return module.attention(problem)
     out, lse = module.attention_with_lse(problem)

@@ -30,9 +30,9 @@ def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it takes {ndim} dimensions {layout}")
 
 
-def check_dtype(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_dtype(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], hint: str = "") -> None:
     if value.dtype not in dtypes:
-        raise TypeError(f"{name} is {_names((value.dtype,))}; it takes {_names(dtypes)}")
+        raise TypeError(f"{name} is {_names((value.dtype,))}; it takes {_names(dtypes)}{hint}")
 
 
 def check_mask_dtype(name: str, value: Tensor) -> None:

@@ -8,6 +8,18 @@ from torch import Tensor
 from . import checks, operators
 
 
+def _where_masks_are_made(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Without kernels of its own, a GPU has its masks made by the CPU."""
+    missing = any(tensor is not None and tensor.is_cuda for tensor in tensors) and operators.CUDA_MISSING
+    return tuple(None if tensor is None else tensor.cpu() for tensor in tensors) if missing else tensors
+
+
+def select_keys(score: Tensor, visible: Tensor | None, keep_window_size: int, is_causal: bool) -> Tensor:
+    """(batch, heads, query_len, key_len) bool: the best keys of every row of score, among the visible."""
+    selected = operators.select_keys(*_where_masks_are_made(score, visible), keep_window_size, is_causal)
+    return selected.to(score.device)
+
+
 class DynamicMask:
     """The mask under which a query attends to the `keep_window_size` best-scored keys that it may see.
 
@@ -23,8 +35,12 @@ class DynamicMask:
         is_causal: whether queries select among the keys up to their own position only.
     """
 
-    def __init__(self, end: Tensor, keep_window_size: int, *, is_causal: bool, query_len: int) -> None:
+    def __init__(
+        self, end: Tensor, keep_window_size: int, *, is_causal: bool, query_len: int, survivors: Tensor | None = None
+    ) -> None:
         self.end = end
+        # What a GPU makes its key lists from: (batch, heads, chunks, slots) int32; empty where there are none.
+        self.survivors = end.new_empty((*end.shape[:2], 0, 0)) if survivors is None else survivors
         self.keep_window_size = keep_window_size
         self.is_causal = is_causal
         self.query_len = query_len
@@ -60,8 +76,16 @@ class DynamicMask:
         checks.check_count("query_len", query_len, least=0)
         if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
             key_padding_mask = key_padding_mask != 0
-        end = operators.dynamic_mask_end(score.detach(), key_padding_mask, keep_window_size, query_len, bool(is_causal))
-        return cls(end, keep_window_size, is_causal=bool(is_causal), query_len=query_len)
+        end, survivors = operators.dynamic_mask(
+            *_where_masks_are_made(score.detach(), key_padding_mask), keep_window_size, query_len, bool(is_causal)
+        )
+        return cls(
+            end.to(score.device),
+            keep_window_size,
+            is_causal=bool(is_causal),
+            query_len=query_len,
+            survivors=survivors.to(score.device),
+        )
 
     @property
     def shape(self) -> torch.Size:

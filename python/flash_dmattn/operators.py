@@ -16,9 +16,26 @@ torch.ops.load_library(Path(__file__).with_name("_C.so"))
 forward = torch.ops.flash_dmattn.forward
 backward = torch.ops.flash_dmattn.backward
 probabilities = torch.ops.flash_dmattn.probabilities
-dynamic_mask_end = torch.ops.flash_dmattn.dynamic_mask_end
+dynamic_mask = torch.ops.flash_dmattn.dynamic_mask
 select_keys = torch.ops.flash_dmattn.select_keys
+survivor_chunk = torch.ops.flash_dmattn.survivor_chunk
 cpu_instruction_set = torch.ops.flash_dmattn.cpu_instruction_set
+
+
+def __getattr__(name: str) -> str:
+    """CUDA_MISSING: what keeps the CUDA kernels from running here, a sentence; empty if nothing does.
+
+    Found out when first asked for, as it loads the driver, after which a process can no longer fork and use CUDA.
+    """
+    if name != "CUDA_MISSING":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if torch.backends.cuda.is_built():
+        # One GPU that works is enough.
+        devices = range(max(1, torch.cuda.device_count()))
+        missing = min((torch.ops.flash_dmattn.cuda_missing(device) for device in devices), key=bool)
+    else:
+        missing = f"torch {torch.__version__} is built without CUDA"
+    return globals().setdefault(name, missing)
 
 
 @torch.library.register_fake("flash_dmattn::forward")
@@ -32,7 +49,7 @@ def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 def _(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, _, bias, _, _, _, _, needs_bias_grad = arguments
+    _, _, _, bias, *_, needs_bias_grad = arguments
     grad_bias = bias.new_empty(bias.shape) if needs_bias_grad else query.new_empty((0,))
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_bias
 
@@ -43,9 +60,19 @@ def _(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
     return query.new_empty((batch, heads, query_len, key.size(1)))
 
 
-@torch.library.register_fake("flash_dmattn::dynamic_mask_end")
-def _(score: Tensor, *arguments: Any) -> Tensor:
-    return score.new_empty(score.shape, dtype=torch.int32)
+@torch.library.register_fake("flash_dmattn::dynamic_mask")
+def _(
+    score: Tensor, key_padding_mask: Tensor | None, keep_window_size: int, query_len: int, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    batch, heads, key_len = score.shape
+    survivors: tuple[Any, Any] = 0, 0
+    if score.is_cuda and is_causal:
+        chunk = survivor_chunk(int(keep_window_size))
+        survivors = (key_len + chunk - 1) // chunk, torch.sym_min(keep_window_size, key_len)
+    return (
+        score.new_empty(score.shape, dtype=torch.int32),
+        score.new_empty((batch, heads, *survivors), dtype=torch.int32),
+    )
 
 
 @torch.library.register_fake("flash_dmattn::select_keys")
@@ -53,34 +80,22 @@ def _(score: Tensor, *arguments: Any) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.bool)
 
 
-# Without kernels of its own, a GPU has its masks made by the CPU.
-@torch.library.register_kernel("flash_dmattn::dynamic_mask_end", "cuda")
-def _(score: Tensor, key_padding_mask: Tensor | None, *options: Any) -> Tensor:
-    padding = None if key_padding_mask is None else key_padding_mask.cpu()
-    return dynamic_mask_end(score.cpu(), padding, *options).to(score.device)
-
-
-@torch.library.register_kernel("flash_dmattn::select_keys", "cuda")
-def _(score: Tensor, visible: Tensor | None, *options: Any) -> Tensor:
-    return select_keys(score.cpu(), None if visible is None else visible.cpu(), *options).to(score.device)
-
-
 def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.softcap, ctx.is_causal = inputs
+    *tensors, scale, softcap, is_causal, deterministic = inputs
+    ctx.options = scale, softcap, is_causal, deterministic
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, mask, bias, end, out, lse = ctx.saved_tensors
+    query, key, value, *masks, out, lse = ctx.saved_tensors  # mask, bias, end, survivors
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     needs_bias_grad = ctx.needs_input_grad[4]
     grad_query, grad_key, grad_value, grad_bias = backward(
-        grad_out, grad_lse, query, key, value, out, lse, mask, bias, end,
-        ctx.scale, ctx.softcap, ctx.is_causal, needs_bias_grad,
-    )  # fmt: skip
-    return grad_query, grad_key, grad_value, None, grad_bias if needs_bias_grad else None, None, None, None, None
+        grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
+    )
+    return grad_query, grad_key, grad_value, None, grad_bias if needs_bias_grad else None, *[None] * 6
 
 
 torch.library.register_autograd("flash_dmattn::forward", _backward, setup_context=_save_for_backward)

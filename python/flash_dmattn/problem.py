@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from . import checks, operators
-from .dynamic_mask import DynamicMask
+from . import checks
+from .dynamic_mask import DynamicMask, select_keys
 
 
 class Problem(NamedTuple):
@@ -24,9 +24,11 @@ class Problem(NamedTuple):
     mask: Tensor | None  # (B | 1, 1 | Hk | H, 1 | Q, 1 | K) bool
     bias: Tensor | None  # (B | 1, 1 | Hk | H, 1 | Q, 1 | K), the query's dtype or float32
     end: Tensor | None  # (B | 1, 1 | Hk | H, K) int32
+    survivors: Tensor | None  # beside end, what a GPU makes its key lists from; the CPU needs none
     scale: float
     softcap: float  # 0: none
     is_causal: bool
+    deterministic: bool  # the same bits on every run
 
 
 def make_problem(
@@ -38,6 +40,7 @@ def make_problem(
     scale: float | None,
     is_causal: bool | None,
     softcap: float | None,
+    deterministic: bool | None,
     keep_window_size: int | None,
 ) -> Problem:
     query, key, value = (_autocast(tensor, query.device.type) for tensor in (query, key, value))
@@ -47,13 +50,13 @@ def make_problem(
     checks.check_flag("is_causal", is_causal)
     causal = bool(is_causal)
 
-    bias = mask = end = None
+    bias = mask = dynamic = None
     if attn_bias is not None:
         checks.check_bias(attn_bias, query, key)
         bias = _unexpand_bias(attn_bias)
     if isinstance(attn_mask, DynamicMask):
         checks.check_dynamic_mask(attn_mask, query, key)
-        end = attn_mask.end
+        dynamic = attn_mask.end, attn_mask.survivors
         causal = causal or attn_mask.is_causal
     elif attn_mask is not None:
         checks.check_mask(attn_mask, query, key)
@@ -62,7 +65,7 @@ def make_problem(
 
     if keep_window_size is not None:
         checks.check_count("keep_window_size", keep_window_size, least=1)
-        if end is not None:
+        if dynamic is not None:
             raise ValueError(
                 f"keep_window_size is {keep_window_size}; with a DynamicMask as attn_mask, which has one, it takes None"
             )
@@ -72,8 +75,9 @@ def make_problem(
             )
         score = _unexpand(attn_bias.detach())
         checks.check_no_nan("attn_bias", score)
-        mask, end = _best_keys(score, mask, keep_window_size, query.size(1), key.size(1), causal)
+        mask, dynamic = _best_keys(score, mask, keep_window_size, query.size(1), key.size(1), causal)
 
+    end, survivors = dynamic or (None, None)
     return Problem(
         query,
         key,
@@ -81,17 +85,25 @@ def make_problem(
         mask,
         bias,
         end,
+        survivors,
         scale=query.size(3) ** -0.5 if scale is None else float(scale),
         softcap=0.0 if softcap is None else float(softcap),
         is_causal=causal,
+        deterministic=bool(deterministic),
     )
 
 
+def autocast_dtype(tensor: Tensor, device: str) -> torch.dtype:
+    """The dtype that the device's matrix products have, in an enabled autocast region; else the tensor's own."""
+    if tensor.dtype not in checks.FLOATING or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def _autocast(tensor: Tensor, device: str) -> Tensor:
-    """In the dtype that the device's matrix products have in an enabled autocast region."""
-    if not isinstance(tensor, Tensor) or tensor.dtype not in checks.FLOATING or tensor.dtype == torch.float64:
+    if not isinstance(tensor, Tensor) or (dtype := autocast_dtype(tensor, device)) == tensor.dtype:
         return tensor
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+    return tensor.to(dtype)
 
 
 def _unexpand(tensor: Tensor) -> Tensor:
@@ -133,8 +145,8 @@ def _are_views(node: Any, base: Any) -> bool:
 
 def _best_keys(
     score: Tensor, mask: Tensor | None, keep_window_size: int, query_len: int, key_len: int, is_causal: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """(mask, end) of the keep_window_size best-scored keys that the mask and causality leave visible."""
+) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
+    """A mask, or (end, survivors), of the keep_window_size best-scored keys that mask and causality leave visible."""
     if mask is not None:
         score, mask = _broadcast(score, mask)
     if score.size(2) == 1:
@@ -146,11 +158,12 @@ def _best_keys(
         dynamic = DynamicMask.from_score(
             score, keep_window_size, is_causal=is_causal, query_len=query_len, key_padding_mask=mask
         )
-        return None, dynamic.end.view(batch, heads, key_len)
+        end, survivors = (x.view(batch, heads, *x.shape[2:]) for x in (dynamic.end, dynamic.survivors))
+        return None, (end, survivors)
     score = score.expand(-1, -1, query_len, key_len)
     if mask is not None:
         mask = mask.expand(-1, -1, query_len, key_len)
-    return operators.select_keys(score, mask, keep_window_size, is_causal), None
+    return select_keys(score, mask, keep_window_size, is_causal), None
 
 
 def _broadcast(score: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

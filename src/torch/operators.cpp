@@ -1,23 +1,31 @@
-// The engine as PyTorch operators, on PyTorch's stable ABI: one build loads under every torch >= 2.10. Shapes and
-// strides are passed on as they are, and the engine says what it takes; fake kernels and autograd are in Python
-// (operators.py).
+// The engine as PyTorch operators, on PyTorch's stable ABI: one build loads under every torch >= 2.10, with CUDA or
+// without. Shapes and strides are passed on as they are, and the engine says what it takes; fake kernels and autograd
+// are in Python (operators.py).
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "flash_dmattn/attention.h"
+#include "flash_dmattn/cuda.h"
 #include "flash_dmattn/dynamic_mask.h"
 
 namespace flash_dmattn {
 namespace {
 
+using torch::headeronly::DeviceType;
 using torch::headeronly::ScalarType;
+using torch::stable::Device;
 using torch::stable::Tensor;
 
 DType dtype_of(const char* name, const Tensor& tensor) {
@@ -40,13 +48,16 @@ DType dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
+std::string text(const Device& device) {
+  return device.is_cpu() ? "cpu" : device.is_cuda() ? "cuda:" + std::to_string(device.index()) : "another device";
+}
+
 template <int Rank>
 View<Rank> view_of(const char* name, const Tensor& tensor, void* data) {
   if (tensor.dim() != Rank) {
     throw InvalidArgument(std::string(name) + " has " + std::to_string(tensor.dim()) + " dimensions; it takes " +
                           std::to_string(Rank));
   }
-  if (!tensor.is_cpu()) throw InvalidArgument(std::string(name) + " is not on the CPU; it takes a CPU tensor");
   View<Rank> view{.data = data, .dtype = dtype_of(name, tensor)};
   for (int i = 0; i < Rank; ++i) {
     view.size[i] = tensor.size(i);
@@ -56,35 +67,53 @@ View<Rank> view_of(const char* name, const Tensor& tensor, void* data) {
   return view;
 }
 
-// The engine does not write to inputs; reading through the const pointer leaves copy-on-write tensors shared.
-template <int Rank>
-View<Rank> input(const char* name, const Tensor& tensor) {
-  return view_of<Rank>(name, tensor, const_cast<void*>(tensor.const_data_ptr()));
-}
-
-template <int Rank>
-std::optional<View<Rank>> input(const char* name, const std::optional<Tensor>& tensor) {
-  if (!tensor) return std::nullopt;
-  return input<Rank>(name, *tensor);
-}
-
 template <int Rank>
 View<Rank> output(const char* name, const Tensor& tensor) {
   return view_of<Rank>(name, tensor, tensor.mutable_data_ptr());
 }
 
-template <std::size_t Rank>
-Tensor new_empty(const std::array<std::int64_t, Rank>& size, ScalarType dtype) {
-  return torch::stable::empty({size.data(), size.size()}, dtype);
-}
-
-Tensor new_empty_like(const Tensor& tensor) { return torch::stable::empty(tensor.sizes(), tensor.scalar_type()); }
+Tensor new_empty_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
 // What autograd brings may be expanded, as the gradient of a sum is; the engine takes a contiguous last dimension.
 Tensor with_contiguous_rows(const Tensor& tensor) {
   const std::int64_t last = tensor.dim() - 1;
   return last < 0 || tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
+
+// An operator's first tensor says on which device it runs: there all others have to be, and there new ones are made.
+class OneDevice {
+ public:
+  OneDevice(const char* name, const Tensor& first, DeviceType type) : name_(name), first_(first) {
+    if (first.device().type() != type) {
+      throw InvalidArgument(std::string(name) + " is on " + text(first.device()) +
+                            ", other tensors on a GPU; it takes a tensor on the same device");
+    }
+  }
+
+  // The engine does not write to inputs; reading through the const pointer leaves copy-on-write tensors shared.
+  template <int Rank>
+  View<Rank> input(const char* name, const Tensor& tensor) const {
+    if (tensor.device().type() != first_.device().type() || tensor.get_device_index() != first_.get_device_index()) {
+      throw InvalidArgument(std::string(name) + " is on " + text(tensor.device()) + "; it takes a tensor on " +
+                            text(first_.device()) + ", as " + name_);
+    }
+    return view_of<Rank>(name, tensor, const_cast<void*>(tensor.const_data_ptr()));
+  }
+  template <int Rank>
+  std::optional<View<Rank>> input(const char* name, const std::optional<Tensor>& tensor) const {
+    if (!tensor) return std::nullopt;
+    return input<Rank>(name, *tensor);
+  }
+
+  template <std::size_t Rank>
+  Tensor new_empty(const std::array<std::int64_t, Rank>& size, ScalarType dtype) const {
+    return torch::stable::new_empty(first_, {size.data(), size.size()}, dtype);
+  }
+
+ private:
+  const char* name_;
+  const Tensor& first_;
+};
 
 Threads torch_threads() {
   return {.count = static_cast<int>(torch::stable::get_num_threads()),
@@ -95,89 +124,180 @@ Threads torch_threads() {
           }};
 }
 
-Problem make_problem(const Tensor& query, const Tensor& key, const Tensor* value, const std::optional<Tensor>& mask,
-                     const std::optional<Tensor>& bias, const std::optional<Tensor>& end, double scale, double softcap,
-                     bool is_causal) {
-  return {.query = input<4>("query", query),
-          .key = input<4>("key", key),
-          .value = input<4>("value", value ? *value : key),
-          .mask = input<4>("mask", mask),
-          .bias = input<4>("bias", bias),
-          .end = input<3>("end", end),
+// The engine on torch's threads.
+class Cpu : public OneDevice {
+ public:
+  Cpu(const char* name, const Tensor& first) : OneDevice(name, first, DeviceType::CPU) {}
+
+  void forward(const Problem& problem, const Output& output) const {
+    flash_dmattn::forward(problem, Plan(problem, threads_), output, threads_);
+  }
+  void backward(const Problem& problem, const Output& output, const OutputGradient& output_gradient,
+                const InputGradient& input_gradient, bool) const {
+    flash_dmattn::backward(problem, Plan(problem, threads_), output, output_gradient, input_gradient, threads_);
+  }
+  void probabilities(const Problem& problem, const View<3>& lse, const View<4>& probs) const {
+    flash_dmattn::probabilities(problem, Plan(problem, threads_), lse, probs, threads_);
+  }
+  static std::array<std::int64_t, 2> survivors_size(const DynamicMask&) { return {0, 0}; }
+  void make_dynamic_mask(const DynamicMask& mask, const View<3>& end, const View<4>&) const {
+    flash_dmattn::make_dynamic_mask(mask, end, std::nullopt, threads_);
+  }
+  void select_keys(const View<4>& score, const std::optional<View<4>>& visible, std::int64_t keep_window_size,
+                   bool is_causal, const View<4>& selected) const {
+    flash_dmattn::select_keys(score, visible, keep_window_size, is_causal, selected, threads_);
+  }
+
+ private:
+  Threads threads_ = torch_threads();
+};
+
+// In libtorch_cuda, which a torch for CPUs has not: looked up, not linked.
+void* current_stream(int device) {
+  using Function = AOTITorchError (*)(std::int32_t, void**);
+  static const auto function = reinterpret_cast<Function>(
+      dlsym(dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD), "aoti_torch_get_current_cuda_stream"));
+  void* stream = nullptr;
+  if (!function || function(device, &stream) != AOTI_TORCH_SUCCESS)
+    throw cuda::Error("PyTorch does not say which CUDA stream is the current one");
+  return stream;
+}
+
+// The engine on the current stream of the tensors' GPU. Its memory is torch's, and may be used again on that stream as
+// soon as the operator has returned.
+class Gpu : public OneDevice {
+ public:
+  Gpu(const char* name, const Tensor& first) : OneDevice(name, first, DeviceType::CUDA) {
+    const int device = first.get_device_index();
+    stream_ = cuda::gpu_stream(device, current_stream(device), [this](std::size_t bytes) {
+      return memory_.emplace_back(new_empty(std::array{static_cast<std::int64_t>(bytes)}, ScalarType::Byte))
+          .mutable_data_ptr();
+    });
+  }
+  Gpu(const Gpu&) = delete;
+
+  void forward(const Problem& problem, const Output& output) const { cuda::forward(problem, output, *stream_); }
+  void backward(const Problem& problem, const Output& output, const OutputGradient& output_gradient,
+                const InputGradient& input_gradient, bool deterministic) const {
+    cuda::backward(problem, output, output_gradient, input_gradient, deterministic, *stream_);
+  }
+  void probabilities(const Problem& problem, const View<3>& lse, const View<4>& probs) const {
+    cuda::probabilities(problem, lse, probs, *stream_);
+  }
+  static std::array<std::int64_t, 2> survivors_size(const DynamicMask& mask) {
+    if (!mask.is_causal || mask.keep_window_size < 1) return {0, 0};
+    const std::int64_t key_len = mask.score.size[2], chunk = cuda::survivor_chunk(mask.keep_window_size);
+    return {(key_len + chunk - 1) / chunk, std::min(mask.keep_window_size, key_len)};
+  }
+  void make_dynamic_mask(const DynamicMask& mask, const View<3>& end, const View<4>& survivors) const {
+    cuda::make_dynamic_mask(mask, end, mask.is_causal ? std::optional(survivors) : std::nullopt, *stream_);
+  }
+  void select_keys(const View<4>& score, const std::optional<View<4>>& visible, std::int64_t keep_window_size,
+                   bool is_causal, const View<4>& selected) const {
+    cuda::select_keys(score, visible, keep_window_size, is_causal, selected, *stream_);
+  }
+
+ private:
+  std::unique_ptr<cuda::Stream> stream_;
+  std::vector<Tensor> memory_;
+};
+
+Problem make_problem(const OneDevice& device, const Tensor& query, const Tensor& key, const Tensor* value,
+                     const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+                     const std::optional<Tensor>& end, const std::optional<Tensor>& survivors, double scale,
+                     double softcap, bool is_causal) {
+  return {.query = device.input<4>("query", query),
+          .key = device.input<4>("key", key),
+          .value = device.input<4>("value", value ? *value : key),
+          .mask = device.input<4>("mask", mask),
+          .bias = device.input<4>("bias", bias),
+          .end = device.input<3>("end", end),
+          // Empty where a mask has none.
+          .survivors = survivors && survivors->numel() > 0 ? device.input<4>("survivors", survivors) : std::nullopt,
           .scale = scale,
           .softcap = softcap,
           .is_causal = is_causal};
 }
 
-std::tuple<Tensor, Tensor> forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                                       const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
-                                       const std::optional<Tensor>& end, double scale, double softcap, bool is_causal) {
-  const Threads threads = torch_threads();
-  const Problem problem = make_problem(query, key, &value, mask, bias, end, scale, softcap, is_causal);
-  const Plan plan(problem, threads);
+template <class Engine>
+std::tuple<Tensor, Tensor> forward_on(const Tensor& query, const Tensor& key, const Tensor& value,
+                                      const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+                                      const std::optional<Tensor>& end, const std::optional<Tensor>& survivors,
+                                      double scale, double softcap, bool is_causal, bool) {
+  const Engine engine("query", query);
+  const Problem problem =
+      make_problem(engine, query, key, &value, mask, bias, end, survivors, scale, softcap, is_causal);
   const auto& [batch, query_len, heads, head_dim] = problem.query.size;
   Tensor out = new_empty_like(query);
-  Tensor lse = new_empty(std::array{batch, heads, query_len},
-                         problem.query.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
-  forward(problem, plan, {output<4>("out", out), output<3>("lse", lse)}, threads);
+  Tensor lse = engine.new_empty(std::array{batch, heads, query_len},
+                                problem.query.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
+  engine.forward(problem, {output<4>("out", out), output<3>("lse", lse)});
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad_out, const std::optional<Tensor>& grad_lse,
-                                                        const Tensor& query, const Tensor& key, const Tensor& value,
-                                                        const Tensor& out, const Tensor& lse,
-                                                        const std::optional<Tensor>& mask,
-                                                        const std::optional<Tensor>& bias,
-                                                        const std::optional<Tensor>& end, double scale, double softcap,
-                                                        bool is_causal, bool needs_bias_grad) {
-  const Threads threads = torch_threads();
-  const Problem problem = make_problem(query, key, &value, mask, bias, end, scale, softcap, is_causal);
+template <class Engine>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_on(
+    const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
+    const Tensor& value, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& end, const std::optional<Tensor>& survivors,
+    double scale, double softcap, bool is_causal, bool deterministic, bool needs_bias_grad) {
+  const Engine engine("query", query);
+  const Problem problem =
+      make_problem(engine, query, key, &value, mask, bias, end, survivors, scale, softcap, is_causal);
   if (needs_bias_grad && !bias) throw InvalidArgument("needs_bias_grad is true without a bias; it takes false");
-  const Plan plan(problem, threads);
   const Tensor grad_out_rows = with_contiguous_rows(grad_out);
   Tensor grad_query = new_empty_like(query), grad_key = new_empty_like(key), grad_value = new_empty_like(value);
   Tensor grad_bias =
-      needs_bias_grad ? new_empty_like(*bias) : new_empty(std::array<std::int64_t, 1>{0}, query.scalar_type());
+      needs_bias_grad ? new_empty_like(*bias) : engine.new_empty(std::array<std::int64_t, 1>{0}, query.scalar_type());
   InputGradient gradient{.query = output<4>("grad_query", grad_query),
                          .key = output<4>("grad_key", grad_key),
                          .value = output<4>("grad_value", grad_value),
                          .bias = std::nullopt};
   if (needs_bias_grad) gradient.bias = output<4>("grad_bias", grad_bias);
-  backward(problem, plan, {input<4>("out", out), input<3>("lse", lse)},
-           {input<4>("grad_out", grad_out_rows), input<3>("grad_lse", grad_lse)}, gradient, threads);
+  engine.backward(problem, {engine.template input<4>("out", out), engine.template input<3>("lse", lse)},
+                  {engine.template input<4>("grad_out", grad_out_rows), engine.template input<3>("grad_lse", grad_lse)},
+                  gradient, deterministic);
   return {grad_query, grad_key, grad_value, grad_bias};
 }
 
-Tensor probabilities_cpu(const Tensor& query, const Tensor& key, const Tensor& lse, const std::optional<Tensor>& mask,
-                         const std::optional<Tensor>& bias, const std::optional<Tensor>& end, double scale,
-                         double softcap, bool is_causal) {
-  const Threads threads = torch_threads();
-  const Problem problem = make_problem(query, key, nullptr, mask, bias, end, scale, softcap, is_causal);
-  const Plan plan(problem, threads);
+template <class Engine>
+Tensor probabilities_on(const Tensor& query, const Tensor& key, const Tensor& lse, const std::optional<Tensor>& mask,
+                        const std::optional<Tensor>& bias, const std::optional<Tensor>& end,
+                        const std::optional<Tensor>& survivors, double scale, double softcap, bool is_causal) {
+  const Engine engine("query", query);
+  const Problem problem =
+      make_problem(engine, query, key, nullptr, mask, bias, end, survivors, scale, softcap, is_causal);
   const auto& [batch, query_len, heads, head_dim] = problem.query.size;
-  Tensor probs = new_empty(std::array{batch, heads, query_len, problem.key.size[1]}, query.scalar_type());
-  probabilities(problem, plan, input<3>("lse", lse), output<4>("probs", probs), threads);
+  Tensor probs = engine.new_empty(std::array{batch, heads, query_len, problem.key.size[1]}, query.scalar_type());
+  engine.probabilities(problem, engine.template input<3>("lse", lse), output<4>("probs", probs));
   return probs;
 }
 
-Tensor dynamic_mask_end_cpu(const Tensor& score, const std::optional<Tensor>& key_padding_mask,
-                            std::int64_t keep_window_size, std::int64_t query_len, bool is_causal) {
-  const DynamicMask mask{.score = input<3>("score", score),
-                         .key_padding_mask = input<2>("key_padding_mask", key_padding_mask),
+template <class Engine>
+std::tuple<Tensor, Tensor> dynamic_mask_on(const Tensor& score, const std::optional<Tensor>& key_padding_mask,
+                                           std::int64_t keep_window_size, std::int64_t query_len, bool is_causal) {
+  const Engine engine("score", score);
+  const DynamicMask mask{.score = engine.template input<3>("score", score),
+                         .key_padding_mask = engine.template input<2>("key_padding_mask", key_padding_mask),
                          .keep_window_size = keep_window_size,
                          .query_len = query_len,
                          .is_causal = is_causal};
-  Tensor end = new_empty(mask.score.size, ScalarType::Int);
-  make_dynamic_mask(mask, output<3>("end", end), std::nullopt, torch_threads());
-  return end;
+  const auto [chunks, slots] = Engine::survivors_size(mask);
+  Tensor end = engine.new_empty(mask.score.size, ScalarType::Int);
+  Tensor survivors =
+      engine.new_empty(std::array{mask.score.size[0], mask.score.size[1], chunks, slots}, ScalarType::Int);
+  engine.make_dynamic_mask(mask, output<3>("end", end), output<4>("survivors", survivors));
+  return {end, survivors};
 }
 
-Tensor select_keys_cpu(const Tensor& score, const std::optional<Tensor>& visible, std::int64_t keep_window_size,
-                       bool is_causal) {
-  const View<4> score_view = input<4>("score", score);
-  Tensor selected = new_empty(score_view.size, ScalarType::Bool);
-  select_keys(score_view, input<4>("visible", visible), keep_window_size, is_causal, output<4>("selected", selected),
-              torch_threads());
+template <class Engine>
+Tensor select_keys_on(const Tensor& score, const std::optional<Tensor>& visible, std::int64_t keep_window_size,
+                      bool is_causal) {
+  const Engine engine("score", score);
+  const View<4> score_view = engine.template input<4>("score", score);
+  Tensor selected = engine.new_empty(score_view.size, ScalarType::Bool);
+  engine.select_keys(score_view, engine.template input<4>("visible", visible), keep_window_size, is_causal,
+                     output<4>("selected", selected));
   return selected;
 }
 
@@ -188,31 +308,44 @@ std::string cpu_instruction_set_name() { return cpu_instruction_set(); }
 
 STABLE_TORCH_LIBRARY(flash_dmattn, library) {
   library.def(
-      "forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? end, float scale, "
-      "float softcap, bool is_causal) -> (Tensor out, Tensor lse)");
+      "forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? end, Tensor? survivors, "
+      "float scale, float softcap, bool is_causal, bool deterministic) -> (Tensor out, Tensor lse)");
   library.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor? mask, Tensor? bias, Tensor? end, float scale, float softcap, bool is_causal, bool needs_bias_grad) "
+      "Tensor? mask, Tensor? bias, Tensor? end, Tensor? survivors, float scale, float softcap, bool is_causal, "
+      "bool deterministic, bool needs_bias_grad) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
   library.def(
-      "probabilities(Tensor query, Tensor key, Tensor lse, Tensor? mask, Tensor? bias, Tensor? end, float scale, "
-      "float softcap, bool is_causal) -> Tensor");
+      "probabilities(Tensor query, Tensor key, Tensor lse, Tensor? mask, Tensor? bias, Tensor? end, "
+      "Tensor? survivors, float scale, float softcap, bool is_causal) -> Tensor");
   library.def(
-      "dynamic_mask_end(Tensor score, Tensor? key_padding_mask, int keep_window_size, int query_len, bool is_causal) "
-      "-> Tensor");
+      "dynamic_mask(Tensor score, Tensor? key_padding_mask, int keep_window_size, int query_len, bool is_causal) "
+      "-> (Tensor end, Tensor survivors)");
   library.def("select_keys(Tensor score, Tensor? visible, int keep_window_size, bool is_causal) -> Tensor");
+  library.def("survivor_chunk(int keep_window_size) -> int");
   library.def("cpu_instruction_set() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_dmattn, CPU, library) {
-  library.impl("forward", TORCH_BOX(&flash_dmattn::forward_cpu));
-  library.impl("backward", TORCH_BOX(&flash_dmattn::backward_cpu));
-  library.impl("probabilities", TORCH_BOX(&flash_dmattn::probabilities_cpu));
-  library.impl("dynamic_mask_end", TORCH_BOX(&flash_dmattn::dynamic_mask_end_cpu));
-  library.impl("select_keys", TORCH_BOX(&flash_dmattn::select_keys_cpu));
+  using flash_dmattn::Cpu;
+  library.impl("forward", TORCH_BOX(&flash_dmattn::forward_on<Cpu>));
+  library.impl("backward", TORCH_BOX(&flash_dmattn::backward_on<Cpu>));
+  library.impl("probabilities", TORCH_BOX(&flash_dmattn::probabilities_on<Cpu>));
+  library.impl("dynamic_mask", TORCH_BOX(&flash_dmattn::dynamic_mask_on<Cpu>));
+  library.impl("select_keys", TORCH_BOX(&flash_dmattn::select_keys_on<Cpu>));
 }
 
-// Takes no tensor, so no device picks its kernel.
+STABLE_TORCH_LIBRARY_IMPL(flash_dmattn, CUDA, library) {
+  using flash_dmattn::Gpu;
+  library.impl("forward", TORCH_BOX(&flash_dmattn::forward_on<Gpu>));
+  library.impl("backward", TORCH_BOX(&flash_dmattn::backward_on<Gpu>));
+  library.impl("probabilities", TORCH_BOX(&flash_dmattn::probabilities_on<Gpu>));
+  library.impl("dynamic_mask", TORCH_BOX(&flash_dmattn::dynamic_mask_on<Gpu>));
+  library.impl("select_keys", TORCH_BOX(&flash_dmattn::select_keys_on<Gpu>));
+}
+
+// Take no tensor, so no device picks their kernel.
 STABLE_TORCH_LIBRARY_IMPL(flash_dmattn, CompositeExplicitAutograd, library) {
+  library.impl("survivor_chunk", TORCH_BOX(&flash_dmattn::cuda::survivor_chunk));
   library.impl("cpu_instruction_set", TORCH_BOX(&flash_dmattn::cpu_instruction_set_name));
 }

@@ -275,11 +275,11 @@ def test_operators_refuse_what_they_would_misread():
     operator = torch.ops.flash_dmattn.forward
     # PyTorch makes an exception of C++ a ValueError in some versions, in others a RuntimeError.
     with pytest.raises((ValueError, RuntimeError), match="query has 3 dimensions; it takes 4"):
-        operator(query[0], query, query, None, None, None, 1.0, 0.0, False)
+        operator(query[0], query, query, *[None] * 4, 1.0, 0.0, False, False)
     with pytest.raises((ValueError, RuntimeError), match="key has dtype Long"):
-        operator(query, query.long(), query, None, None, None, 1.0, 0.0, False)
+        operator(query, query.long(), query, *[None] * 4, 1.0, 0.0, False, False)
     with pytest.raises((ValueError, RuntimeError), match="needs_bias_grad is true without a bias"):
         lse = torch.zeros(1, 2, 6)
         torch.ops.flash_dmattn.backward(
-            *(query, None, query, query, query, query, lse, None, None, None, 1.0, 0.0, False, True)
+            *(query, None, query, query, query, query, lse, *[None] * 4, 1.0, 0.0, False, False, True)
         )

@@ -81,19 +81,20 @@ KINDS = (causal, expanded_bias, dense, dynamic, window, window_of_rows, lse, lse
 @pytest.mark.parametrize("features", ("none", "all", "float32 bias"))
 def test_opcheck_attention(features, grad, dtype):
     inputs = random_inputs(dtype=dtype, grad=grad)
-    mask = bias = end = None
+    mask = bias = end = survivors = None
     if features != "none":
         mask = torch.rand(1, 1, Q, K) > 0.2
         bias = torch.randn(B, HK, 1, K, dtype=dtype if features == "all" else torch.float32, requires_grad=grad)
-        end = DynamicMask.from_score(torch.randn(B, 1, K), 5, query_len=Q).end
-    options = (mask, bias, end, 0.3, 2.0 if features == "all" else 0.0, True)
-    torch.library.opcheck(ops.forward, (*inputs, *options))
+        dynamic = DynamicMask.from_score(torch.randn(B, 1, K), 5, query_len=Q)
+        end, survivors = dynamic.end, dynamic.survivors
+    options = (mask, bias, end, survivors, 0.3, 2.0 if features == "all" else 0.0, True)
+    torch.library.opcheck(ops.forward, (*inputs, *options, True))
 
-    out, lse = (tensor.detach() for tensor in ops.forward(*inputs, *options))
+    out, lse = (tensor.detach() for tensor in ops.forward(*inputs, *options, True))
     inputs = [tensor.detach() for tensor in inputs]
     options = (mask, None if bias is None else bias.detach(), *options[2:])
     for grad_lse in (None, torch.randn_like(lse)):
-        arguments = (torch.randn_like(out), grad_lse, *inputs, out, lse, *options, grad and bias is not None)
+        arguments = (torch.randn_like(out), grad_lse, *inputs, out, lse, *options, True, grad and bias is not None)
         torch.library.opcheck(ops.backward, arguments)
     torch.library.opcheck(ops.probabilities, (*inputs[:2], lse, *options))
 
@@ -101,7 +102,7 @@ def test_opcheck_attention(features, grad, dtype):
 def test_opcheck_masks():
     score = torch.randn(B, HK, K)
     for padding in (None, torch.rand(1, K) > 0.3):
-        torch.library.opcheck(ops.dynamic_mask_end, (score, padding, 3, Q, True))
+        torch.library.opcheck(ops.dynamic_mask, (score, padding, 3, Q, True))
     rows = score[:, :, None].expand(-1, -1, Q, -1)
     for visible in (None, torch.rand(B, HK, Q, K) > 0.3):
         torch.library.opcheck(ops.select_keys, (rows, visible, 3, True))

@@ -2,6 +2,7 @@
 
     MISSING: str | None                         what keeps it from running here, and what to use instead
     DEVICES: tuple[str, ...]                    the types of devices whose tensors it takes
+    DTYPES: tuple[torch.dtype, ...]             the dtypes that it takes
     attention(problem) -> out
     attention_with_lse(problem) -> (out, lse)
     probabilities(problem, lse) -> probs        without gradients

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import operators
+from .. import checks, operators
 from ..problem import Problem
 
 DEVICES = ("cpu",)
+DTYPES = checks.FLOATING
 MISSING: str | None = None
 
 
@@ -20,6 +21,6 @@ def attention(problem: Problem) -> Tensor:
 
 
 def probabilities(problem: Problem, lse: Tensor) -> Tensor:
-    query, key, _, mask, bias, *rest = problem
+    query, key, _, mask, bias, *rest, _ = problem
     bias = None if bias is None else bias.detach()
     return operators.probabilities(query.detach(), key.detach(), lse.detach(), mask, bias, *rest)

@@ -64,8 +64,8 @@ class _CPUAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         problem = Problem(*arguments)
-        ctx.save_for_backward(*arguments[:6])
-        ctx.options = arguments[6:]
+        ctx.save_for_backward(*arguments[:7])
+        ctx.options = arguments[7:]
         bias = None if problem.bias is None else problem.bias.detach()
         return _flex_attention(
             problem._replace(
@@ -77,18 +77,18 @@ class _CPUAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, bias, end = ctx.saved_tensors
-        out, lse = operators.forward(query, key, value, mask, bias, end, *ctx.options)
+        query, key, value, *masks = ctx.saved_tensors  # mask, bias, end, survivors
+        out, lse = operators.forward(query, key, value, *masks, *ctx.options)
         needs_bias_grad = ctx.needs_input_grad[4]
         *grads, grad_bias = operators.backward(
-            grad_out.contiguous(), None, query, key, value, out, lse, mask, bias, end, *ctx.options, needs_bias_grad
+            grad_out.contiguous(), None, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
         )
-        return *grads, None, grad_bias if needs_bias_grad else None, None, None, None, None
+        return *grads, None, grad_bias if needs_bias_grad else None, *[None] * 6
 
 
 def _flex_attention(problem: Problem, *, return_lse: bool) -> Any:
     """out (B, Q, H, D), and lse (B, H, Q) if asked for."""
-    query, key, value, mask, bias, end, scale, softcap, is_causal = problem
+    query, key, value, mask, bias, end, _, scale, softcap, is_causal, _ = problem
     if query.numel() == 0 or key.numel() == 0:
         out = torch.zeros_like(query)
         lse = torch.full((query.size(0), query.size(2), query.size(1)), -math.inf, device=query.device)
