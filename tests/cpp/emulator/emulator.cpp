@@ -224,6 +224,9 @@ void Launch::begin(RunningBlock& block, i64 index) {
   block.index[0] = static_cast<int>(index % grid_.x);
   block.index[1] = static_cast<int>(index / grid_.x % grid_.y);
   block.index[2] = static_cast<int>(index / grid_.x / grid_.y);
+  block.grid[0] = static_cast<int>(grid_.x);
+  block.grid[1] = static_cast<int>(grid_.y);
+  block.grid[2] = static_cast<int>(grid_.z);
   block.threads = block.alive = kernel_.threads;
   block.fibers.resize(kernel_.threads);
   block.warps.resize(kernel_.threads / 32);

@@ -12,6 +12,8 @@
 //
 // A launch that finds no kernel of its name says which line is missing. Launches have run when they return.
 //
+// A kernel that includes ptx/ lies in a folder of src/cuda/kernels: beside ptx/, it would find the real one.
+//
 // What is emulated: threads of up to multiprocessors() * kBlocksPerMultiprocessor blocks take turns, in an order that
 // is random but the same on every run; blocks start in the order of their index, x first. Shared memory, and memory
 // that was allocated, are NaN (0xff bytes) until written. A copy_async_16 destroys what it will overwrite at once, and
