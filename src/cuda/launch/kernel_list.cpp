@@ -4,6 +4,10 @@
 #include <set>
 #include <string>
 #include <tuple>
+#include <utility>
+
+#include "cuda/jit/compiler.h"
+#include "flash_dmattn/cuda_kernels.h"
 
 namespace flash_dmattn::cuda {
 
@@ -65,6 +69,32 @@ std::vector<ListedKernel> covering(const std::vector<ListedKernel>& kernels) {
   for (auto& [name, instances] : templates)
     for (ListedKernel& kernel : covering_instances(std::move(instances))) chosen.push_back(std::move(kernel));
   return chosen;
+}
+
+std::vector<Target> kernels(const std::vector<std::string>& archs, const std::vector<DType>& dtypes,
+                            const std::vector<std::int64_t>& head_dims, bool only_covering) {
+  Selection selection{};
+  for (const DType dtype : dtypes) {
+    if (dtype != DType::float16 && dtype != DType::bfloat16)
+      throw InvalidArgument(std::string("dtypes has ") + name_of(dtype) + "; it takes float16 and bfloat16");
+    selection.dtypes.push_back(dtype == DType::float16 ? Number::float16 : Number::bfloat16);
+  }
+  for (const std::int64_t head_dim : head_dims) {
+    if (head_dim < 8 || head_dim > 256 || head_dim % 8 != 0)
+      throw InvalidArgument("head_dims has " + std::to_string(head_dim) + "; it takes multiples of 8 from 8 to 256");
+    selection.head_dims.push_back(static_cast<int>(head_dim));
+  }
+  std::map<int, std::string> names;
+  std::vector<ListedKernel> listed;
+  for (const std::string& arch : archs) {
+    selection.arch = arch_number(arch);
+    if (!names.emplace(selection.arch, arch).second) continue;
+    for (ListedKernel& kernel : list_kernels(selection)) listed.push_back(std::move(kernel));
+  }
+  if (only_covering) listed = covering(listed);
+  std::vector<Target> targets;
+  for (const ListedKernel& kernel : listed) targets.push_back({names[kernel.arch], kernel.kernel});
+  return targets;
 }
 
 }  // namespace flash_dmattn::cuda
