@@ -22,6 +22,9 @@ __forceinline__ T shuffle_up(T value, int delta) {
   return __shfl_up_sync(~0u, value, delta);
 }
 
+/// The sum over all threads.
+__forceinline__ int warp_sum(int value) { return __reduce_add_sync(~0u, value); }
+
 /// A bit for each thread whose `predicate` holds.
 __forceinline__ u32 ballot(bool predicate) { return __ballot_sync(~0u, predicate); }
 

@@ -45,6 +45,18 @@ T shuffle_up(T value, int delta) {
   return emulator::exchange("shuffle_up", value, lane < delta ? lane : lane - delta);
 }
 
+inline int warp_sum(int value) {
+  struct Lane {
+    int value, result;
+  } lane{value, 0};
+  emulator::with_warp("warp_sum", lane, [](Lane* const* lanes) {
+    int sum = 0;
+    for (int i = 0; i < 32; ++i) sum += lanes[i]->value;
+    for (int i = 0; i < 32; ++i) lanes[i]->result = sum;
+  });
+  return lane.result;
+}
+
 inline u32 ballot(bool predicate) {
   struct Lane {
     bool predicate;
