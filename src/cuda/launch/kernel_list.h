@@ -25,6 +25,7 @@ struct ListedKernel {
 // Each appends what its launcher can choose for the selection, without repetition; one stands beside each launcher.
 void list_mask_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_plan_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
+void list_rows_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_forward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 
