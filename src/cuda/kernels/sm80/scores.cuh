@@ -1,0 +1,280 @@
+// The scores of one tile of queries with the keys of its list, a tile of keys after the other.
+#pragma once
+#include "ptx/block.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/number.cuh"
+#include "ptx/warp.cuh"
+#include "sm80/masks.cuh"
+#include "sm80/scores_params.cuh"
+#include "sm80/tiles.cuh"
+
+namespace flash_dmattn::cuda {
+
+/// The picture of shared memory. What belongs to a tile of keys stands at the tile's number modulo the first size.
+template <ScoresConfig kConfig>
+struct ScoresShared {
+  static constexpr int kKeys = kConfig.keys;
+  Tile<kConfig.rows, kConfig.head_dim> query;
+  Tile<kKeys, kConfig.head_dim> key[kConfig.stages];
+  int position[4][kKeys];
+  float bias[2][kKeys];                           // BiasKind::per_key
+  u32 test[2][kKeys * test_words(kConfig.test)];  // Interval::end or bits
+};
+
+/// What a thread knows of its block's work.
+template <ScoresConfig kConfig>
+struct Scores {
+  static constexpr int kKeys = kConfig.keys, kThreads = kConfig.threads(), kStages = kConfig.stages;
+  static constexpr int kRowTiles = kConfig.row_tiles(), kColumnTiles = kKeys / 8, kDim = kConfig.padded_dim();
+  using Shared = ScoresShared<kConfig>;
+  using T = typename TypeOf<kConfig.number>::type;
+  using Accumulators = float[kRowTiles][kColumnTiles][4];
+
+  const ScoresParams& params;
+  Shared& shared;
+  const int thread, lane, warp_row;  // warp_row: its first row
+  int b, unit, run, first_query;
+  KeyList list;
+  int tiles, tested;  // of keys; the first that needs a test
+  const u16* keys;
+
+  /// Blocks take the longest lists first: of a causal call those of the last queries.
+  Scores(const ScoresParams& given, Shared& memory)
+      : params(given),
+        shared(memory),
+        thread(thread_index()),
+        lane(thread % kWarp),
+        warp_row(thread / kWarp * kRowTiles * 16) {
+    const Shape& shape = params.shape;
+    const int units = shape.units(), index = block_index();
+    unit = index % units;
+    b = index / units % shape.batch;
+    run = params.plan.runs - 1 - index / units / shape.batch;
+    first_query = run * params.plan.run;
+    list = params.plan.list(shape, b, unit, run);
+    tiles = divide_up(list.count, kKeys);
+    tested = least(list.full, list.count) / kKeys;
+    keys = params.key.template at<u16>(b, 0, shape.kv_head(unit));
+  }
+
+  /// The query and head of a row of the tile.
+  int query_of(int row) const { return first_query + row / params.shape.pack; }
+  int head_of(int row) const { return unit * params.shape.pack + row % params.shape.pack; }
+  bool is_row(int row) const {
+    return row / params.shape.pack < params.plan.run && query_of(row) < params.shape.query_len;
+  }
+  /// The row of the tile that accumulators [m][…][2 * half …] belong to.
+  int row_of(int m, int half) const { return warp_row + 16 * m + 8 * half + lane / 4; }
+
+  // ---- copies
+
+  void copy_queries() {
+    copy_rows<kThreads>(shared.query, thread, [&](int row) {
+      const bool valid = is_row(row);
+      return Source{params.query.template at<u16>(b, valid ? query_of(row) : 0, valid ? head_of(row) : 0),
+                    valid && params.logits.sign != 0};
+    });
+    zero_padding<kThreads>(shared.query, thread);
+    for (int stage = 0; stage < kStages; ++stage) zero_padding<kThreads>(shared.key[stage], thread);
+  }
+  /// Once they are there: with a negative scale the queries change sign, so that the largest score is that of the
+  /// largest product.
+  void sign_queries() {
+    if (params.logits.sign >= 0) return;
+    for (int i = thread; i < kConfig.rows * tile_pitch(kConfig.head_dim) / 2; i += kThreads)
+      reinterpret_cast<u32*>(shared.query.numbers)[i] ^= 0x80008000u;
+    sync_block();
+  }
+
+  /// Starts copying the rows of a tile of keys, whose positions are in shared memory.
+  template <class AnyTile>
+  void copy_keys(AnyTile& to, const u16* from, i64 stride, int tile) {
+    const int* const positions = shared.position[tile % 4];
+    copy_rows<kThreads>(to, thread, [&](int row) { return Source{from + positions[row] * stride, true}; });
+  }
+
+  // ---- what belongs to the keys of a tile, and is fetched before it is needed: a thread looks after one key
+
+  int next_position;  // of tile + 3
+  u32 next_bias;      // of tile + 2, bits
+
+  /// Entries beyond the end of the list stand for the last one, and are masked.
+  int position_of(int tile) const {
+    return params.plan.key(list, static_cast<int>(least<i64>(static_cast<i64>(tile) * kKeys + thread, list.count - 1)));
+  }
+  u32 bias_bits(i64 offset) const {
+    return params.bias.is_float32 ? static_cast<const u32*>(params.bias.data)[offset]
+                                  : static_cast<const u16*>(params.bias.data)[offset];
+  }
+  u32 bias_at(int position) const {
+    return kConfig.bias == BiasKind::per_key ? bias_bits(params.bias.offset(b, unit * params.shape.pack, 0, position))
+                                             : 0;
+  }
+  float scaled_bias(u32 bits) const {
+    const float x = params.bias.is_float32 ? float_of(bits) : to_float(T{static_cast<u16>(bits)});
+    const float scaled = x * params.logits.bias_factor;
+    return x == -kInfinity ? x : maximum(minimum(scaled, kLargestBias), -kLargestBias);
+  }
+
+  /// Before the first tile.
+  void fetch(int tile) {
+    if (thread < kKeys) {
+      const int here = position_of(tile), next = position_of(tile + 1);
+      next_position = position_of(tile + 2);
+      shared.position[tile % 4][thread] = here;
+      shared.position[(tile + 1) % 4][thread] = next;
+      if constexpr (kConfig.bias == BiasKind::per_key) {
+        shared.bias[tile % 2][thread] = scaled_bias(bias_at(here));
+        next_bias = bias_at(next);
+      }
+    }
+    sync_block();
+  }
+  /// While `tile` is worked at.
+  void fetch_next(int tile) {
+    if (thread >= kKeys) return;
+    shared.position[(tile + 2) % 4][thread] = next_position;
+    if constexpr (kConfig.bias == BiasKind::per_key) {
+      shared.bias[(tile + 1) % 2][thread] = scaled_bias(next_bias);
+      next_bias = bias_at(next_position);
+    }
+    next_position = position_of(tile + 3);
+  }
+  /// Starts copying what the test of a tile needs.
+  void copy_test(int tile) {
+    if (tile < tested) return;
+    u32* const to = shared.test[tile % 2];
+    if constexpr (kConfig.test == Test::interval) {
+      const Plan& plan = params.plan;
+      if (plan.end && thread < kKeys)
+        copy_async_4(
+            to + thread,
+            plan.end + b * plan.end_batch + unit * plan.end_unit + shared.position[tile % 4][thread] * plan.end_key,
+            true);
+    } else {
+      // Zeros, which nobody sees, beyond the end of the list.
+      const i64 first = static_cast<i64>(tile) * kKeys;
+      const int words = params.plan.words, count = static_cast<int>(least<i64>(kKeys, list.count - first)) * words;
+      const u32* const from = params.plan.bits + (list.offset + first) * words;
+      for (int i = thread; i < kKeys * words; i += kThreads)
+        copy_async_4(to + i, from + (i < count ? i : 0), i < count);
+    }
+  }
+
+  // ---- scores
+
+  /// What accumulators start from: the bias, scaled.
+  void start(Accumulators& s, int tile) {
+    if constexpr (kConfig.bias == BiasKind::none || kConfig.softcap) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
+    } else {
+      each_bias(tile, [&](int m, int n, int i, float bias) { s[m][n][i] = bias; });
+    }
+  }
+
+  /// use(m, n, i, bias) for each accumulator.
+  template <class Use>
+  void each_bias(int tile, const Use& use) {
+    if constexpr (kConfig.bias == BiasKind::per_key) {
+      const float* const bias = shared.bias[tile % 2] + lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) use(m, n, i, bias[8 * n + i % 2]);
+    } else {
+      const int* const positions = shared.position[tile % 4] + lane % 4 * 2;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = row_of(m, half);
+          const i64 of_row = is_row(row) ? params.bias.offset(b, head_of(row), query_of(row), 0) : 0;
+#pragma unroll
+          for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+              use(m, n, 2 * half + i, scaled_bias(bias_bits(of_row + positions[8 * n + i] * params.bias.key)));
+        }
+    }
+  }
+
+  void add_products(Accumulators& s, int stage) {
+    const u16* const rows = rows_operand(shared.query, warp_row, lane);
+    const u16* const columns = columns_operand(shared.key[stage], lane);
+    constexpr int kPitch = tile_pitch(kConfig.head_dim);
+#pragma unroll
+    for (int d = 0; d < kDim; d += 16) {
+      u32 q[kRowTiles][4];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m) load_matrices(q[m], rows + 16 * m * kPitch + d);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        u32 k[4];
+        load_matrices(k, columns + 8 * n * kPitch + d);
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+          mma<T>(s[m][n], q[m], k[0], k[1]);
+          mma<T>(s[m][n + 1], q[m], k[2], k[3]);
+        }
+      }
+    }
+  }
+
+  void cap(Accumulators& s, int tile) {
+    if constexpr (kConfig.softcap) {
+      const Logits& logits = params.logits;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)  // tanh(x) = 1 - 2 / (1 + e^2x)
+            s[m][n][i] =
+                multiply_add(-2 * logits.cap, fast_reciprocal(1 + fast_exp2(s[m][n][i] * logits.inner)), logits.cap);
+      if constexpr (kConfig.bias != BiasKind::none)
+        each_bias(tile, [&](int m, int n, int i, float bias) { s[m][n][i] += bias; });
+    }
+  }
+
+  void mask(Accumulators& s, int tile) {
+    if constexpr (kConfig.test == Test::interval) {
+      int at[kRowTiles][2];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) at[m][half] = query_of(row_of(m, half)) + params.shape.first_position();
+      const i64 left = list.count - static_cast<i64>(tile) * kKeys;
+      mask_scores(s, lane, [&](int column) {
+        const int start = params.plan.is_causal ? shared.position[tile % 4][column] : kSmallest;
+        const int end = column >= left    ? kSmallest
+                        : params.plan.end ? static_cast<int>(shared.test[tile % 2][column])
+                                          : kLargest;
+        return [=, &at](int m, int half) { return start <= at[m][half] && at[m][half] < end; };
+      });
+    } else {
+      // The positions of a warp's rows are at most 32 neighbours: 32 of the key's bits, from any bit on.
+      const int words = params.plan.words, first = warp_row / params.shape.pack;
+      const int low = least(first / 32, words - 1), high = least(low + 1, words - 1);
+      int bit[kRowTiles][2];
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) bit[m][half] = row_of(m, half) / params.shape.pack - first;
+      mask_scores(s, lane, [&](int column) {
+        const u32* const bits = shared.test[tile % 2] + column * words;
+        const u32 seen = static_cast<u32>((static_cast<u64>(bits[high]) << 32 | bits[low]) >> (first % 32));
+        return [=, &bit](int m, int half) { return (seen >> bit[m][half] & 1) != 0; };
+      });
+    }
+  }
+};
+
+}  // namespace flash_dmattn::cuda

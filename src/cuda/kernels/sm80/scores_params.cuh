@@ -1,0 +1,60 @@
+// What the passes of the generic family (mma.sync, cp.async) need to know to compute scores.
+#pragma once
+#include "plan.cuh"
+#include "problem.cuh"
+#include "types.cuh"
+
+namespace flash_dmattn::cuda {
+
+/// Numbers from one row of a tile in shared memory to the next: an odd number of 16-byte chunks, so that eight rows of
+/// one column, which is what load_matrices reads at a time, never meet in a bank. Columns are padded to a multiple
+/// of 16.
+constexpr int tile_pitch(int columns) { return (round_up(columns, 16) / 8 | 1) * 8; }
+
+/// A logit in base 2 is  factor * (query . key + bias.factor * bias),  or with softcap
+/// cap * tanh(query . key / …) + bias.factor * bias: the bias is where the product's accumulators start.
+struct Logits {
+  float factor;       ///< from what the softmax is given to logits in base 2; positive
+  float bias_factor;  ///< what a bias is multiplied by before it is added
+  float cap, inner;   ///< softcap * log2(e); 2 log2(e) scale / softcap
+  int sign;           ///< of the queries: -1, 0 or 1 (with softcap always 1)
+};
+
+/// The largest magnitude that a finite bias may add: the sum stays finite.
+constexpr float kLargestBias = 1e38f;
+
+/// The tiles of one block, and what its kernel is specialised on.
+struct ScoresConfig {
+  int head_dim;
+  Number number;
+  Test test;
+  BiasKind bias;
+  bool softcap;
+  int rows = 0, keys = 0, warps = 0;
+  int stages = 1;  ///< 2: the next tile of keys is copied while one is worked at; 1: its halves are
+
+  constexpr int threads() const { return warps * 32; }
+  constexpr int row_tiles() const { return rows / (16 * warps); }  ///< of 16 rows, of a warp
+  constexpr int padded_dim() const { return round_up(head_dim, 16); }
+};
+
+/// Words of bits that a run of at most 128 positions has for each key.
+constexpr int kMostWords = 4;
+
+/// Words that are kept for the test of a key.
+constexpr int test_words(Test test) { return test == Test::interval ? 1 : kMostWords; }
+
+/// Bytes of shared memory beside the tiles of queries, keys and values.
+constexpr int staging_bytes(const ScoresConfig& config) {
+  return (4 + 2 + 2 * test_words(config.test)) * config.keys * 4;
+}
+
+struct ScoresParams {
+  Shape shape;
+  Rows query, key;
+  Bias bias;
+  Plan plan;
+  Logits logits;
+};
+
+}  // namespace flash_dmattn::cuda
