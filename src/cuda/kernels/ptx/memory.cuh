@@ -18,13 +18,6 @@ __forceinline__ void copy_async_4(void* shared, const void* global, bool valid) 
                "r"(valid ? 4 : 0)
                : "memory");
 }
-/// One number of 4 or 8 bytes.
-template <class T>
-__forceinline__ void copy_async(T* shared, const T* global) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(global), "n"(sizeof(T))
-               : "memory");
-}
 /// Ends a group of this thread's copies.
 __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most kPending of this thread's groups are under way.

@@ -30,15 +30,6 @@ inline void copy_async_16(void* shared, const void* global, bool valid) {
 inline void copy_async_4(void* shared, const void* global, bool valid) {
   emulator::copy_async("copy_async_4", shared, global, 4, valid);
 }
-template <class T>
-void copy_async(T* shared, const T* global) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  emulator::require_aligned("copy_async to shared memory", shared, sizeof(T));
-  emulator::require_shared("copy_async", shared, sizeof(T));
-  emulator::require_aligned("copy_async from global memory", global, sizeof(T));
-  std::memset(shared, 0xff, sizeof(T));
-  emulator::self->copies.push_back({shared, global, true, emulator::self->groups, static_cast<int>(sizeof(T))});
-}
 inline void commit_copies() { ++emulator::self->groups; }
 template <int kPending>
 void wait_copies() {
