@@ -4,6 +4,8 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdarg>
+#include <cstdio>
 #include <cstring>
 #include <random>
 #include <sstream>
@@ -13,6 +15,11 @@
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
+#endif
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define __SANITIZE_ADDRESS__ 1  // as g++ does
+#endif
 #endif
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -163,10 +170,7 @@ class Launch {
     ready_.push_back(fiber);
   }
   void leave(State state);
-  void fail(const std::string& message) {
-    error_ = message;
-    leave(State::finished);
-  }
+  void fail(const char* format, std::va_list arguments);
 
  private:
   static void start();
@@ -184,17 +188,17 @@ class Launch {
   std::vector<Fiber*> ready_, polling_;
   Context scheduler_;
   std::string error_;
-  const void* scheduler_stack_ = nullptr;  // of the address sanitizer
-  std::size_t scheduler_stack_bytes_ = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  const void* scheduler_stack_;
+  std::size_t scheduler_stack_bytes_;
+#endif
 };
 
 Launch* launch = nullptr;
 
-std::string thread_name() {
-  const Block& block = *self->block;
+std::string name(const Block& block) {
   std::ostringstream text;
-  text << "block (" << block.index[0] << ", " << block.index[1] << ", " << block.index[2] << "), thread "
-       << self->index;
+  text << "block (" << block.index[0] << ", " << block.index[1] << ", " << block.index[2] << ")";
   return text.str();
 }
 
@@ -218,6 +222,13 @@ void Launch::leave(State state) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(leaving.fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
 #endif
+}
+
+void Launch::fail(const char* format, std::va_list arguments) {
+  char text[256];
+  std::vsnprintf(text, sizeof text, format, arguments);
+  error_ = name(*self->block) + ", thread " + std::to_string(self->index) + ": " + text;
+  while (true) leave(State::finished);
 }
 
 void Launch::begin(RunningBlock& block, i64 index) {
@@ -299,7 +310,7 @@ std::string Launch::who_waits() const {
   std::ostringstream text;
   for (const RunningBlock& block : blocks_) {
     if (block.alive == 0) continue;
-    text << "block (" << block.index[0] << ", " << block.index[1] << ", " << block.index[2] << "): ";
+    text << name(block) << ": ";
     for (int i = 0; i < 16; ++i)
       if (!block.barriers[i].waiting.empty())
         text << block.barriers[i].waiting.size() << " of " << block.barriers[i].threads << " threads at barrier " << i
@@ -318,9 +329,10 @@ std::string Launch::who_waits() const {
 
 Thread* self = nullptr;
 
-void fail(const std::string& message) {
-  launch->fail(thread_name() + ": " + message);
-  __builtin_unreachable();
+void fail(const char* format, ...) {
+  std::va_list arguments;
+  va_start(arguments, format);
+  launch->fail(format, arguments);
 }
 
 void meet_warp(const char* operation, void* given, void (*work)(void* const* given)) {
@@ -330,8 +342,7 @@ void meet_warp(const char* operation, void* given, void (*work)(void* const* giv
     warp.operation = operation;
     warp.work = work;
   } else if (warp.work != work) {
-    fail(std::string("is at ") + operation + ", while thread " + std::to_string(warp.waiting[0]->index) + " is at " +
-         warp.operation);
+    fail("is at %s, while thread %d is at %s", operation, warp.waiting[0]->index, warp.operation);
   }
   warp.given[fiber.lane()] = given;
   if (warp.waiting.size() < 31) {
@@ -350,8 +361,7 @@ void meet_block(int id, int threads) {
   if (barrier.waiting.empty())
     barrier.threads = threads;
   else if (barrier.threads != threads)
-    fail("barrier " + std::to_string(id) + " of " + std::to_string(threads) + " threads; others said " +
-         std::to_string(barrier.threads));
+    fail("barrier %d of %d threads; others said %d", id, threads, barrier.threads);
   if (static_cast<int>(barrier.waiting.size()) < threads - 1) {
     barrier.waiting.push_back(&fiber);
     launch->leave(State::waiting);

@@ -2,7 +2,6 @@
 #pragma once
 #include <cstdint>
 #include <deque>
-#include <string>
 
 #include "types.cuh"
 
@@ -40,8 +39,8 @@ struct Thread {
 /// The one that runs: threads take turns, and only change where they meet or wait.
 extern Thread* self;
 
-/// Ends the launch, which throws an Error.
-[[noreturn]] void fail(const std::string& message);
+/// Ends the launch, which throws an Error; does not return. The text is printf's.
+[[gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
 
 /// Waits until all threads of the warp have come here. The last one does `work` for all of them: it gets what each
 /// gave.
@@ -64,11 +63,10 @@ void with_warp(const char* operation, Lane& lane, Work) {
 }
 
 inline void require_aligned(const char* operation, const void* p, int bytes) {
-  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0)
-    fail(std::string(operation) + ": the address is no multiple of " + std::to_string(bytes));
+  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0) fail("%s: the address is no multiple of %d", operation, bytes);
 }
 inline void require_shared(const char* operation, const void* p, int bytes) {
-  if (!self->block->is_shared(p, bytes)) fail(std::string(operation) + ": outside the block's shared memory");
+  if (!self->block->is_shared(p, bytes)) fail("%s: outside the block's shared memory", operation);
 }
 
 }  // namespace flash_dmattn::cuda::emulator
