@@ -1,8 +1,12 @@
-#include "cuda/launch/plan.h"
+#include "plan.h"
 
 #include <algorithm>
+#include <sstream>
 
 #include "core/shape.h"
+#include "layout/repeat_params.cuh"
+#include "mask/plan_params.cuh"
+#include "rows.h"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -22,6 +26,199 @@ struct Masks {
     const View<4> mask = without_expand(*problem.mask);
     (mask.size[2] == 1 ? columns : mask.size[3] == 1 ? rows : dense) = mask;
   }
+};
+
+const Kernel kSurvivorLists{"mask/plan_survivors.cuh", "SurvivorLists"};
+const Kernel kColumnLists{"mask/plan_columns.cuh", "ColumnLists"};
+const Kernel kRepeatEnd{"layout/repeat.cuh", "Repeat<int>"}, kRepeatRows{"layout/repeat.cuh", "Repeat<unsigned char>"};
+
+/// Readers may run past the end of a list, to the end of a tile.
+constexpr std::int64_t kSlack = 128;
+
+std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
+Grid grid_of(std::int64_t blocks) { return {static_cast<unsigned>(blocks)}; }
+
+/// A plan in the making.
+class Planner {
+ public:
+  Planner(const Problem& problem, const Shape& shape, int run, Stream& stream)
+      : sizes_(problem), masks_(problem), shape_(shape), stream_(stream) {
+    if (problem.end) end_ = without_expand(*problem.end);
+    if (problem.survivors) survivors_ = without_expand(*problem.survivors);
+    plan_.run = run;
+    plan_.runs = static_cast<int>(divide_up(shape.query_len, run));
+    plan_.is_causal = problem.is_causal;
+    longest_ = shape.key_len;
+  }
+
+  MadePlan make() {
+    if (shape_.batch > 0 && shape_.query_len > 0 && shape_.key_len > 0) {
+      if (masks_.rows) {
+        const View<4>& rows = *masks_.rows;
+        const auto each = per_unit<unsigned char>(rows, rows.stride[2], shape_.query_len, kRepeatRows);
+        plan_.visible_rows = each.from;
+        plan_.rows_batch = each.batch;
+        plan_.rows_unit = each.head;
+        plan_.rows_query = each.element;
+      }
+      if (end_) {
+        const auto each = per_unit<int>(*end_, end_->stride[2], shape_.key_len, kRepeatEnd);
+        plan_.end = each.from;
+        plan_.end_batch = each.batch;
+        plan_.end_unit = each.head;
+        plan_.end_key = each.element;
+      }
+      if (has_survivors())
+        list_survivors();
+      else if (masks_.columns || end_)
+        list_columns();
+    }
+    return {plan_, longest_};
+  }
+
+ private:
+  /// The values of each unit: where several units share a head, rows of their own, which strides alone can reach.
+  template <class T, int Rank>
+  RepeatParams<T> per_unit(const View<Rank>& view, std::int64_t stride, int count, const Kernel& repeat) {
+    const int units = shape_.units(), heads = static_cast<int>(view.size[1]);
+    RepeatParams<T> params{.from = static_cast<const T*>(view.data),
+                           .batch = view.stride[0],
+                           .head = view.stride[1],
+                           .element = stride,
+                           .heads_per_head = units / heads,
+                           .to = nullptr,
+                           .heads = units,
+                           .count = count};
+    if (heads == 1 || heads == units) return params;
+    const std::int64_t rows = view.size[0] * units;
+    params.to = stream_.allocate_array<T>(static_cast<std::size_t>(rows * count));
+    stream_.launch(repeat, grid_of(rows * divide_up(count, RepeatConfig::kElements)), RepeatConfig::kThreads, 0,
+                   params);
+    return {.from = params.to,
+            .batch = view.size[0] == 1 ? 0 : static_cast<i64>(units) * count,
+            .head = count,
+            .element = 1,
+            .heads_per_head = 1,
+            .to = nullptr,
+            .heads = units,
+            .count = count};
+  }
+
+  /// Lists exist for (list_batch_, list_heads_): what any of the views is not broadcast over.
+  template <int Rank>
+  void list_for(const std::optional<View<Rank>>& view) {
+    if (!view) return;
+    list_batch_ = std::max(list_batch_, static_cast<int>(view->size[0]));
+    list_heads_ = std::max(list_heads_, static_cast<int>(view->size[1]));
+  }
+  template <class T, int Rank>
+  Masking<T> masking(const std::optional<View<Rank>>& view) const {
+    if (!view) return {.data = nullptr, .batch = 0, .head = 0, .query = 0, .key = 0, .heads_per_head = 1};
+    return {.data = static_cast<const T*>(view->data),
+            .batch = view->stride[0],
+            .head = view->stride[1],
+            .query = Rank == 4 ? view->stride[2] : 0,
+            .key = view->stride[Rank - 1],
+            .heads_per_head = list_heads_ / static_cast<int>(view->size[1])};
+  }
+
+  /// Room for the lists, to which the plan refers from now on.
+  ListsParams make_room(std::int64_t positions) {
+    const int list_units = list_heads_ == 1 ? 1 : shape_.units();
+    const std::int64_t lists = static_cast<std::int64_t>(list_batch_) * list_units * plan_.runs;
+    auto* const made = stream_.allocate_array<KeyList>(static_cast<std::size_t>(lists));
+    auto* const keys = stream_.allocate_array<int>(static_cast<std::size_t>(positions + kSlack));
+    plan_.lists = made;
+    plan_.lists_unit = list_heads_ == 1 ? 0 : plan_.runs;
+    plan_.lists_batch = list_batch_ == 1 ? 0 : static_cast<i64>(list_units) * plan_.runs;
+    plan_.positions = keys;
+    return {.columns = masking<unsigned char>(masks_.columns),
+            .end = masking<int>(end_),
+            .heads = list_heads_,
+            .copies = list_units / list_heads_,
+            .query_len = shape_.query_len,
+            .key_len = shape_.key_len,
+            .run = plan_.run,
+            .runs = plan_.runs,
+            .is_causal = plan_.is_causal,
+            .lists = made,
+            .positions = keys};
+  }
+  std::int64_t list_rows() const { return static_cast<std::int64_t>(list_batch_) * list_heads_; }
+
+  /// Whether there are survivors, and they tell the length of their chunks. A window that is as long as the keys does
+  /// not, for there are no more slots than keys.
+  bool has_survivors() const {
+    if (!survivors_ || !end_ || !plan_.is_causal || plan_.run > SurvivorListsConfig::kLongestRun) return false;
+    const auto& size = survivors_->size;
+    const auto fits = [&](int i, std::int64_t count) { return size[i] == 1 || size[i] == count; };
+    if (survivors_->dtype == DType::int32 && fits(0, sizes_.batch) &&
+        (fits(1, sizes_.heads) || fits(1, sizes_.kv_heads)) && size[3] >= 1) {
+      if (size[3] >= shape_.key_len) return false;
+      if (size[2] == divide_up(shape_.key_len, survivor_chunk(size[3]))) return true;
+    }
+    std::ostringstream message;
+    message << "survivors: is " << name_of(survivors_->dtype) << " (" << size[0] << ", " << size[1] << ", " << size[2]
+            << ", " << size[3] << "), takes what make_dynamic_mask gives for " << shape_.key_len << " keys";
+    throw InvalidArgument(message.str());
+  }
+
+  void list_survivors() {
+    using Config = SurvivorListsConfig;
+    list_for(masks_.columns);
+    list_for(end_);
+    list_for(survivors_);
+    const int slots = static_cast<int>(survivors_->size[3]), chunk = static_cast<int>(survivor_chunk(slots));
+    // A run sees what survives at its start, and its own keys.
+    longest_ = std::min<std::int64_t>(shape_.key_len, slots + plan_.run);
+    const std::int64_t capacity = round_up(longest_, kSlack);
+    const SurvivorListsParams params{
+        .lists = make_room(list_rows() * plan_.runs * capacity),
+        .survivors = masking<int>(survivors_),
+        .slots = slots,
+        .chunk = chunk,
+        .blocks = static_cast<int>(divide_up(plan_.runs, Config::runs_per_block(plan_.run, chunk))),
+        .capacity = static_cast<int>(capacity)};
+    stream_.launch(kSurvivorLists, grid_of(list_rows() * params.blocks), Config::kThreads,
+                   Config::shared_bytes(plan_.run, chunk), params);
+  }
+
+  void list_columns() {
+    using Config = ColumnListsConfig;
+    list_for(masks_.columns);
+    list_for(end_);
+    const std::int64_t capacity = round_up(shape_.key_len, kSlack);
+    const std::int64_t few = Config::kFewStages * Config::kStage;
+    const std::int64_t slice = shape_.key_len <= few ? few : 2 * Config::kStage;
+    ColumnListsParams params{.lists = make_room(list_rows() * capacity),
+                             .slices = static_cast<int>(divide_up(shape_.key_len, slice)),
+                             .slice = static_cast<int>(slice),
+                             .counts = nullptr,
+                             .is_counting = false,
+                             .capacity = capacity};
+    const auto launch = [&] {
+      stream_.launch(kColumnLists, grid_of(list_rows() * params.slices), Config::kThreads, Config::kSharedBytes,
+                     params);
+    };
+    if (params.slices > 1) {
+      params.counts = stream_.allocate_array<int>(static_cast<std::size_t>(2 * list_rows() * params.slices));
+      params.is_counting = true;
+      launch();
+      params.is_counting = false;
+    }
+    launch();
+  }
+
+  const flash_dmattn::Shape sizes_;
+  const Masks masks_;
+  std::optional<View<3>> end_;
+  std::optional<View<4>> survivors_;
+  const Shape& shape_;
+  Stream& stream_;
+  int list_batch_ = 1, list_heads_ = 1;
+  Plan plan_{};
+  std::int64_t longest_;
 };
 
 }  // namespace
@@ -60,12 +257,13 @@ Bias make_bias(const Problem& problem) {
 
 Test test_of(const Problem& problem) { return Masks(problem).dense ? Test::bits : Test::interval; }
 
-MadePlan make_plan(const Problem& problem, const Shape& shape, int run, Stream&) {
-  Plan plan{};
-  plan.run = run;
-  plan.runs = divide_up(shape.query_len, run);
-  plan.is_causal = problem.is_causal;
-  return {plan, shape.key_len};
+MadePlan make_plan(const Problem& problem, const Shape& shape, int run, Stream& stream) {
+  return Planner(problem, shape, run, stream).make();
+}
+
+void list_plan_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {
+  for (const Kernel& kernel : {kSurvivorLists, kColumnLists, kRepeatEnd, kRepeatRows}) kernels.push_back({kernel, {}});
+  list_rows_kernels(selection, kernels);
 }
 
 }  // namespace flash_dmattn::cuda

@@ -1,12 +1,12 @@
-#include "cuda/launch/rows.h"
+#include "rows.h"
 
 #include "core/shape.h"
-#include "rows_params.cuh"
+#include "layout/copy_rows_params.cuh"
 
 namespace flash_dmattn::cuda {
 namespace {
 
-const Kernel kCopyRows{"rows.cuh", "CopyRows"};
+const Kernel kCopyRows{"layout/copy_rows.cuh", "CopyRows"};
 
 bool is_aligned(const View<4>& view) {
   const View<4> own = without_expand(view);

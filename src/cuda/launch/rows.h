@@ -2,8 +2,8 @@
 #pragma once
 #include <vector>
 
-#include "cuda/launch/kernel_list.h"
 #include "flash_dmattn/cuda.h"
+#include "kernel_list.h"
 #include "problem.cuh"
 
 namespace flash_dmattn::cuda {

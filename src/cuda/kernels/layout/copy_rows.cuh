@@ -1,7 +1,7 @@
 #pragma once
+#include "layout/copy_rows_params.cuh"
 #include "ptx/block.cuh"
 #include "ptx/warp.cuh"
-#include "rows_params.cuh"
 
 namespace flash_dmattn::cuda {
 

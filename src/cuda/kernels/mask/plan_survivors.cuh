@@ -1,0 +1,116 @@
+#pragma once
+#include "mask/plan_params.cuh"
+#include "ptx/block.cuh"
+#include "ptx/warp.cuh"
+
+namespace flash_dmattn::cuda {
+
+/// The lists of a causal dynamic mask. A run of positions [first, stop) sees keys that are there at its start, and its
+/// own; the former are among what survives at the start of a chunk, and the keys from there on.
+///
+/// A block makes the lists of consecutive runs, a warp each. Together they gather the candidates; each warp then takes
+/// what its run sees: first the keys that outlive the run, then the others.
+struct SurvivorLists {
+  using Config = SurvivorListsConfig;
+  using Params = SurvivorListsParams;
+  static constexpr int kThreads = Config::kThreads, kBlocksPerMultiprocessor = 2;
+
+  struct Candidate {
+    int key, end;
+  };
+  /// Followed by what goes to the end of the list, for each run of the block.
+  struct Shared {
+    Candidate candidates[Config::kStage];
+    int counts[Config::kWarps];
+  };
+
+  /// The number of ones of `mask` below this thread.
+  static int rank(u32 mask) { return count_ones(mask & ((1u << thread_index() % kWarp) - 1)); }
+
+  static void run(const Params& params, char* shared_memory) {
+    Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+    const ListsParams& lists = params.lists;
+    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+    const int row = block_index() / params.blocks, head = row % lists.heads, b = row / lists.heads;
+    const int runs_per_block = Config::runs_per_block(lists.run, params.chunk);
+    const int first_run = block_index() % params.blocks * runs_per_block;
+    const int last_run = least(first_run + runs_per_block, lists.runs) - 1;
+
+    // The candidates: survivors of the chunk in which the first run starts, then the keys of that chunk and later.
+    const int first = lists.first(first_run), stop = most(lists.stop(last_run), 0);
+    const int chunk = most(first, 0) / params.chunk, chunk_start = chunk * params.chunk;
+    const int slots = chunk == 0 ? 0 : params.slots, total = slots + stop - chunk_start;
+    const int* survivors = params.survivors.row(b, head) + chunk * params.survivors.query;
+    const int* ends = lists.end.row(b, head);
+    const unsigned char* columns = lists.columns.row(b, head);
+
+    const int r = first_run + warp;
+    const bool has_run = warp < runs_per_block && r < lists.runs;
+    const int run_first = has_run ? lists.first(r) : 0, run_stop = has_run ? lists.stop(r) : 0;
+    const i64 offset = (static_cast<i64>(row) * lists.runs + r) * params.capacity;
+    int* const full_keys = lists.positions + offset;
+    int* const tested_keys = reinterpret_cast<int*>(&shared + 1) + warp * Config::tested_capacity(lists.run);
+    int full = 0, tested = 0;
+
+    for (int stage = 0; stage < total; stage += Config::kStage) {
+      // What some position of the block sees moves together in shared memory, in order.
+      Candidate candidates[Config::kEntries];
+      u32 alive[Config::kEntries];
+      int count = 0;
+      for (int i = 0; i < Config::kEntries; ++i) {
+        const int entry = stage + (warp * Config::kEntries + i) * kWarp + lane;
+        int key = -1;
+        if (entry < slots) {
+          key = survivors[entry * params.survivors.key];
+          if (key >= chunk_start) key = -1;
+        } else if (entry < total) {
+          key = chunk_start + entry - slots;
+        }
+        candidates[i].key = key;
+      }
+      for (Candidate& candidate : candidates) {
+        candidate.end = candidate.key < 0 ? kSmallest : ends[candidate.key * lists.end.key];
+        if (columns && candidate.key >= 0 && !columns[candidate.key * lists.columns.key]) candidate.end = kSmallest;
+      }
+      for (int i = 0; i < Config::kEntries; ++i) {
+        alive[i] = ballot(candidates[i].end > most(candidates[i].key, first));
+        count += count_ones(alive[i]);
+      }
+      if (lane == 0) shared.counts[warp] = count;
+      sync_block();
+      int at = 0, all = 0;
+      for (int w = 0; w < Config::kWarps; ++w) {
+        at += w < warp ? shared.counts[w] : 0;
+        all += shared.counts[w];
+      }
+      for (int i = 0; i < Config::kEntries; ++i) {
+        if (alive[i] >> lane & 1) shared.candidates[at + rank(alive[i])] = candidates[i];
+        at += count_ones(alive[i]);
+      }
+      sync_block();
+      if (has_run)
+#pragma unroll 4
+        for (int i = 0; i < all; i += kWarp) {
+          const Candidate candidate = i + lane < all ? shared.candidates[i + lane] : Candidate{0, kSmallest};
+          const bool is_full = candidate.key <= run_first && candidate.end >= run_stop;
+          const bool is_tested = !is_full && candidate.key < run_stop && candidate.end > most(candidate.key, run_first);
+          const u32 full_here = ballot(is_full), tested_here = ballot(is_tested);
+          const int full_at = full + rank(full_here), tested_at = tested + rank(tested_here);
+          if (is_full && full_at < params.capacity) full_keys[full_at] = candidate.key;
+          if (is_tested && tested_at < Config::tested_capacity(lists.run)) tested_keys[tested_at] = candidate.key;
+          full += count_ones(full_here);
+          tested += count_ones(tested_here);
+        }
+      sync_block();
+    }
+    if (!has_run) return;
+    // Survivors that do not belong to `end` could be too many.
+    full = least(full, params.capacity);
+    tested = least(tested, least(params.capacity - full, Config::tested_capacity(lists.run)));
+    for (int i = lane; i < tested; i += kWarp) full_keys[full + i] = tested_keys[i];
+    for (int copy = lane; copy < lists.copies; copy += kWarp)
+      lists.at(b, head, copy, r) = {offset, full + tested, full};
+  }
+};
+
+}  // namespace flash_dmattn::cuda

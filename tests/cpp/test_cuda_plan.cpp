@@ -1,0 +1,291 @@
+// Plans made on the device, by the emulator: every pair of a query and a key against the definition of the mask.
+#include <numeric>
+#include <set>
+
+#include "check.h"
+#include "emulator.h"
+#include "layout/copy_rows.cuh"
+#include "layout/repeat.cuh"
+#include "mask/plan_columns.cuh"
+#include "mask/plan_survivors.cuh"
+#include "plan.h"
+#include "reference.h"
+#include "rows.h"
+
+namespace flash_dmattn::cuda {
+EMULATE(ColumnLists);
+EMULATE(CopyRows);
+EMULATE(Repeat<int>);
+EMULATE(Repeat<unsigned char>);
+EMULATE(SurvivorLists);
+}  // namespace flash_dmattn::cuda
+
+namespace flash_dmattn::test {
+namespace {
+
+using cuda::EmulatedStream;
+
+const Threads kThreads{.count = 1, .run = {}};
+
+/// A problem without numbers: what matters to a plan.
+struct Case {
+  std::int64_t B = 1, Q = 1, K = 1, H = 1, Hk = 1;
+  bool is_causal = false;
+  std::optional<Tensor<4>> mask, bias, survivors;
+  std::optional<Tensor<3>> end;
+  Tensor<4> query, key;
+
+  Problem problem() {
+    query = Tensor<4>(DType::bfloat16, {B, Q, H, 8});
+    key = Tensor<4>(DType::bfloat16, {B, K, Hk, 8});
+    return {.query = query,
+            .key = key,
+            .value = key,
+            .mask = mask,
+            .bias = bias,
+            .end = end,
+            .survivors = survivors,
+            .is_causal = is_causal};
+  }
+  std::int64_t head(std::int64_t count, std::int64_t h) const { return count == Hk ? h / (H / Hk) : h; }
+  bool visible(std::int64_t b, std::int64_t h, std::int64_t q, std::int64_t k) const {
+    const std::int64_t p = q + K - Q;
+    return (!mask || mask->at({b, head(mask->size[1], h), q, k}) != 0) && (!is_causal || k <= p) &&
+           (!end || p < end->at({b, head(end->size[1], h), k}));
+  }
+};
+
+/// Holds every list of the plan against the definition. `exact`: no key is listed in vain.
+void check_plan(Case& c, int run, int rows, EmulatedStream& stream, bool exact) {
+  const Problem problem = c.problem();
+  const cuda::Shape shape = cuda::make_shape(problem, rows);
+  const cuda::Test test = cuda::test_of(problem);
+  const auto [plan, longest] = cuda::make_plan(problem, shape, run, stream);
+  CHECK(shape.pack >= 1 && shape.pack <= rows && (c.H / c.Hk) % shape.pack == 0);
+  int wrong = 0;
+  for (int b = 0; b < c.B; ++b)
+    for (int unit = 0; unit < shape.units(); ++unit)
+      for (int r = 0; r < plan.runs; ++r) {
+        const cuda::KeyList list = plan.list(shape, b, unit, r);
+        wrong += list.full < 0 || list.full > list.count || list.count > longest;
+        if (wrong) break;
+        std::vector<int> entry(c.K, -1);
+        for (int j = 0; j < list.count; ++j) {
+          const int key = plan.key(list, j);
+          wrong += key < 0 || key >= c.K || entry[key] >= 0;
+          if (key >= 0 && key < c.K) entry[key] = j;
+        }
+        for (int key = 0; key < c.K; ++key) {
+          bool in_vain = entry[key] >= 0;
+          for (int i = 0; i < run && r * run + i < c.Q; ++i) {
+            const int q = r * run + i, p = q + shape.first_position();
+            bool seen = entry[key] >= 0 && !plan.is_hidden(b, unit, q);
+            if (seen && entry[key] >= list.full) {
+              const auto [start, end] = plan.interval(b, unit, key);
+              seen = test == cuda::Test::interval
+                         ? start <= p && p < end
+                         : plan.bits[(list.offset + entry[key]) * plan.words + i / 32] >> i % 32 & 1;
+            }
+            for (int h = unit * shape.pack; h < (unit + 1) * shape.pack; ++h) {
+              wrong += seen != c.visible(b, h, q, key);
+              in_vain &= !c.visible(b, h, q, key);
+            }
+          }
+          wrong += exact && in_vain;
+        }
+      }
+  CHECK_EQUAL(wrong, 0);
+}
+
+Tensor<4> boolean(Random& random, Index<4> size, double density) {
+  return Tensor<4>(DType::boolean, size).fill([&] { return random.chance(density); });
+}
+
+Tensor<3> dynamic_end(Random& random, const Index<3>& size, std::int64_t window, std::int64_t query_len,
+                      bool is_causal) {
+  Tensor<3> score(DType::float32, size), end(DType::int32, size);
+  score.fill([&] { return std::round(4 * random.normal()); });  // with ties
+  std::optional<Tensor<2>> padding;
+  if (random.chance(0.3)) padding = Tensor<2>(DType::boolean, {1, size[2]}).fill([&] { return random.chance(0.8); });
+  make_dynamic_mask({score, padding, window, query_len, is_causal}, end, {}, kThreads);
+  return end;
+}
+
+/// The keys that are visible at the last position before each chunk, in any order.
+Tensor<4> survivors_of(Random& random, const Tensor<3>& end, std::int64_t window) {
+  const std::int64_t K = end.size[2], chunk = cuda::survivor_chunk(window);
+  Tensor<4> survivors(DType::int32, {end.size[0], end.size[1], (K + chunk - 1) / chunk, std::min(window, K)});
+  survivors.fill([] { return -1; });
+  for (std::int64_t b = 0; b < end.size[0]; ++b)
+    for (std::int64_t h = 0; h < end.size[1]; ++h)
+      for (std::int64_t c = 0; c < survivors.size[2]; ++c) {
+        std::vector<std::int64_t> slots(survivors.size[3]);
+        std::iota(slots.begin(), slots.end(), 0);
+        std::shuffle(slots.begin(), slots.end(), std::minstd_rand(static_cast<unsigned>(random.integer(0, 1 << 20))));
+        std::size_t used = 0;
+        for (std::int64_t k = 0; k < c * chunk; ++k)
+          if (end.at({b, h, k}) >= c * chunk) survivors.set({b, h, c, slots[used++]}, static_cast<double>(k));
+      }
+  return survivors;
+}
+
+/// A head count that a mask may have.
+std::int64_t heads(Random& random, const Case& c) { return random.pick({std::int64_t{1}, c.Hk, c.H}); }
+std::int64_t batch(Random& random, const Case& c) { return random.pick({std::int64_t{1}, c.B}); }
+
+Case random_case(Random& random, std::int64_t longest) {
+  Case c;
+  c.B = random.integer(1, 2);
+  c.Hk = random.integer(1, 2);
+  c.H = c.Hk * random.pick({1, 2, 3, 4});
+  c.K = random.integer(1, longest);
+  c.Q = random.chance(0.4) ? c.K : random.chance(0.3) ? 1 : random.integer(1, c.K + 20);
+  c.is_causal = random.chance(0.6);
+  return c;
+}
+
+template <class Visit>
+void for_random_cases(int cases, Visit visit) {
+  for (int seed = 0; seed < cases; ++seed) {
+    Random random(seed);
+    Context context("case " + std::to_string(seed));
+    visit(random);
+  }
+}
+
+TEST(spans_columns_and_rows) {
+  for_random_cases(random_cases(), [](Random& random) {
+    Case c = random_case(random, random.pick({20, 150}));
+    const int kind = static_cast<int>(random.integer(0, 3));
+    if (kind == 1)
+      c.mask = boolean(random, {batch(random, c), heads(random, c), 1, random.pick({c.K, c.K, std::int64_t{1}})},
+                       random.pick({0.0, 0.5, 1.0}));
+    if (kind == 2) c.mask = boolean(random, {batch(random, c), heads(random, c), c.Q, 1}, 0.7);
+    if (c.mask && kind == 1 && random.chance(0.3)) c.mask = c.mask->expand(2, c.Q);
+    if (random.chance(0.5))
+      c.end = dynamic_end(random, {batch(random, c), heads(random, c), c.K}, random.integer(1, c.K + 1), c.Q,
+                          random.chance(0.6));
+    if (random.chance(0.2)) c.bias = Tensor<4>(DType::float32, {c.B, heads(random, c), 1, c.K});
+    EmulatedStream stream;
+    check_plan(c, static_cast<int>(random.pick({1, 8, 42, 64, 512})), static_cast<int>(random.pick({1, 2, 64})), stream,
+               false);
+  });
+}
+
+TEST(columns_of_many_slices) {
+  for (const bool is_causal : {false, true})
+    for (const bool dynamic : {false, true}) {
+      Random random(1);
+      Case c;
+      c.K = 33000;
+      c.Q = 40;
+      c.is_causal = is_causal;
+      c.mask = boolean(random, {1, 1, 1, c.K}, 0.5);
+      if (dynamic) c.end = dynamic_end(random, {1, 1, c.K}, 500, c.Q, false);
+      EmulatedStream stream;
+      check_plan(c, 16, 64, stream, false);
+      CHECK_EQUAL(stream.launched().size(), std::size_t{2});
+    }
+}
+
+TEST(lists_of_survivors) {
+  for_random_cases(random_cases(), [](Random& random) {
+    Case c = random_case(random, random.pick({150, 1500}));
+    c.is_causal = true;
+    if (c.K > 200) {
+      c.B = c.Hk = 1;
+      c.H = random.pick({1, 2});
+      c.Q = random.integer(1, 300);
+    }
+    const std::int64_t window = random.integer(1, std::min<std::int64_t>(c.K, random.pick({8, 40, 400})));
+    c.end = dynamic_end(random, {batch(random, c), heads(random, c), c.K}, window, c.Q, true);
+    c.survivors = survivors_of(random, *c.end, window);
+    const int kind = static_cast<int>(random.integer(0, 3));
+    if (kind == 1) c.mask = boolean(random, {batch(random, c), heads(random, c), 1, c.K}, 0.7);
+    if (kind == 2) c.mask = boolean(random, {batch(random, c), heads(random, c), c.Q, 1}, 0.7);
+    EmulatedStream stream;
+    check_plan(c, static_cast<int>(random.pick({1, 8, 42, 64, 512})), static_cast<int>(random.pick({1, 2, 64})), stream,
+               window < c.K && kind != 2);
+  });
+}
+
+/// Whatever survivors and ends hold, lists stay within their room and name keys that exist.
+TEST(survivors_of_nonsense) {
+  for_random_cases(random_cases() / 4, [](Random& random) {
+    Case c;
+    c.K = random.integer(20, 900);
+    c.Q = random.integer(1, c.K);
+    c.is_causal = true;
+    const std::int64_t window = random.integer(1, 19), chunk = cuda::survivor_chunk(window);
+    c.end = Tensor<3>(DType::int32, {1, 1, c.K}).fill([&] {
+      return random.chance(0.5) ? static_cast<double>(c.K) : random.normal() * 1e9;
+    });
+    c.survivors = Tensor<4>(DType::int32, {1, 1, (c.K + chunk - 1) / chunk, window}).fill([&] {
+      return random.chance(0.5) ? random.normal() * 1e9 : static_cast<double>(random.integer(-2, 10));
+    });
+    const Problem problem = c.problem();
+    EmulatedStream stream;
+    const cuda::Shape shape = cuda::make_shape(problem, 64);
+    const auto [plan, longest] = cuda::make_plan(problem, shape, static_cast<int>(random.pick({8, 64})), stream);
+    for (int r = 0; r < plan.runs; ++r) {
+      const cuda::KeyList list = plan.list(shape, 0, 0, r);
+      CHECK(list.full >= 0 && list.full <= list.count && list.count <= (longest + 127) / 128 * 128);
+      for (int j = 0; j < list.count; ++j) CHECK(plan.key(list, j) >= 0 && plan.key(list, j) < c.K);
+    }
+  });
+}
+
+TEST(survivors_of_another_mask_are_refused) {
+  Random random(1);
+  Case c;
+  c.K = c.Q = 64;
+  c.is_causal = true;
+  c.end = dynamic_end(random, {1, 1, c.K}, 8, c.Q, true);
+  c.survivors = Tensor<4>(DType::int32, {1, 1, 60, 8});
+  const Problem problem = c.problem();
+  EmulatedStream stream;
+  CHECK_REFUSED(cuda::make_plan(problem, cuda::make_shape(problem, 64), 8, stream), "survivors", "64 keys");
+}
+
+TEST(empty_problems_have_plans) {
+  for (const auto& [B, Q, K] : {std::array<std::int64_t, 3>{0, 4, 4}, {1, 0, 4}, {1, 4, 0}}) {
+    Case c;
+    c.B = B, c.Q = Q, c.K = K;
+    c.mask = Tensor<4>(DType::boolean, {B, 1, Q, K});
+    EmulatedStream stream;
+    check_plan(c, 8, 64, stream, true);
+    CHECK(stream.launched().empty());
+  }
+}
+
+TEST(rows_of_any_layout) {
+  for_random_cases(random_cases(), [](Random& random) {
+    const std::int64_t D = random.pick({8, 16, 24, 3, 65}), gap = random.pick({0, 8, 1});
+    const Index<4> size{random.integer(1, 2), random.integer(1, 5), random.integer(1, 3), D};
+    const Index<4> order = random.chance(0.5) ? Index<4>{0, 1, 2, 3} : Index<4>{0, 2, 1, 3};
+    Tensor<4> in(DType::float16, size, order, gap);
+    in.fill([&] { return random.normal(); });
+    if (random.chance(0.3)) in.size[0] = 1, in = in.expand(0, size[0]);
+    EmulatedStream stream;
+    const std::int64_t padded = cuda::padded_dim(D);
+    const auto bits = [](const void* p) { return *static_cast<const std::uint16_t*>(p); };
+    const cuda::Rows rows = cuda::aligned_input(in, stream);
+    CHECK(reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0 && rows.position % 8 == 0 && rows.head % 8 == 0);
+    in.for_each([&](const Index<4>& i) {
+      const auto* row = rows.at<std::uint16_t>(static_cast<int>(i[0]), static_cast<int>(i[1]), static_cast<int>(i[2]));
+      CHECK_EQUAL(row[i[3]], bits(in.element(i)));
+      for (std::int64_t d = D; d < padded; ++d) CHECK_EQUAL(row[d], 0);
+    });
+    Tensor<4> out(DType::float16, size, order, gap);
+    const cuda::Rows written = cuda::aligned_output(out, stream);
+    in.for_each([&](const Index<4>& i) {
+      auto* row = written.at<std::uint16_t>(static_cast<int>(i[0]), static_cast<int>(i[1]), static_cast<int>(i[2]));
+      row[i[3]] = bits(in.element(i));
+    });
+    cuda::write_back(written, out, stream);
+    CHECK(difference(out, in) == 0);
+  });
+}
+
+}  // namespace
+}  // namespace flash_dmattn::test
