@@ -179,6 +179,13 @@ void check(const DynamicMask& mask, const View<3>& end, const std::optional<View
   }
 }
 
+void check_survivors(const DynamicMask& mask, std::int64_t chunks, const View<4>& survivors) {
+  if (!mask.is_causal) refuse("survivors: is given, but only a causal mask has them");
+  const auto& size = mask.score.size;
+  check_dtype("survivors", survivors, DType::int32);
+  check_size("survivors", survivors, {size[0], size[1], chunks, std::min(mask.keep_window_size, size[2])});
+}
+
 void check_selection(const View<4>& score, const std::optional<View<4>>& visible, std::int64_t keep_window_size,
                      const View<4>& selected) {
   const auto broadcasts = [&](const char* name, const View<4>& view) {

@@ -13,6 +13,7 @@ void check(const Problem& problem, const OutputGradient& gradient);
 void check(const Problem& problem, const InputGradient& gradient);
 void check_probabilities(const Problem& problem, const View<3>& lse, const View<4>& probs);
 void check(const DynamicMask& mask, const View<3>& end, const std::optional<View<3>>& threshold);
+void check_survivors(const DynamicMask& mask, std::int64_t chunks, const View<4>& survivors);
 void check_selection(const View<4>& score, const std::optional<View<4>>& visible, std::int64_t keep_window_size,
                      const View<4>& selected);
 

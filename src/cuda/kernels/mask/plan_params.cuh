@@ -80,4 +80,44 @@ struct ColumnListsParams {
   i64 capacity;     // of a list
 };
 
+/// Lists of a mask with a value for each pair. It is read once: PackMask makes bits of it, and moves the keys of each
+/// segment that are not empty together; BitLists puts segments together, the keys that every position sees first.
+struct BitListsConfig {
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kStrip = 512;  // keys that a warp reads at a time, for 32 positions
+  static constexpr int kMostWords = 32, kLongestRun = 32 * kMostWords;
+  /// Keys of a segment, which a block packs: as many strips as give every warp one.
+  static constexpr int segment(int words) { return kStrip * most(1, kWarps / words); }
+  static constexpr int shared_bytes(int words) { return segment(words) * (words * 4 + 1) + kWarps * 8; }
+};
+
+/// Where lists of unequal length begin: list 0 has room for `first` entries, each next one for `step` more. The lists of
+/// the first `empty` runs have none.
+struct Staircase {
+  i64 first, step;
+  int empty;
+
+  constexpr i64 start(int r) const {
+    const i64 n = most(r - empty, 0);
+    return n * first + step * (n * (n - 1) / 2);
+  }
+};
+
+struct BitListsParams {
+  ListsParams lists;
+  Masking<unsigned char> mask;
+  int is_aligned;  // every 16 keys of a query lie together at a multiple of 16 bytes
+  int words;       // for each key of a run
+  u32* bits;
+  Staircase room;  // in a list head's part of `lists.positions`, of room.start(runs) entries
+  int segments;
+  i64 first_list;  // lists (a list head's run each) are made some at a time
+
+  // What PackMask leaves for BitLists, for each list and segment: how many keys every position sees and how many some
+  // see, those keys in this order, and the bits of the latter.
+  int* counts;
+  int* segment_positions;
+  u32* segment_bits;
+};
+
 }  // namespace flash_dmattn::cuda
