@@ -42,9 +42,8 @@ std::vector<Target> kernels(const std::vector<std::string>& archs, const std::ve
 
 /// What a compiled kernel takes.
 struct Resources {
-  int registers;     ///< per thread
-  int local_bytes;   ///< of memory per thread, where registers do not suffice (spills) or are indexed
-  int shared_bytes;  ///< per block, what is asked for at launch not included
+  int registers;    ///< per thread
+  int local_bytes;  ///< of memory per thread, where registers do not suffice (spills) or are indexed
 };
 
 /// Compiles a kernel, unless it is in the folder of compiled kernels, where it is put. Threads compile in parallel.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 import time
@@ -15,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flash_dmattn
-from flash_dmattn import flash_dmattn_func_auto
+from flash_dmattn import cuda_kernels, flash_dmattn_func_auto
 from flash_dmattn.backends import BACKENDS
-
-NO_CUDA_KERNELS = "this build has no CUDA kernels"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,8 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--plot", type=Path, metavar="FILE", help="also draw the times; needs matplotlib")
     command.set_defaults(run=bench)
 
-    command = commands.add_parser("precompile", help="fill the kernel cache for GPUs that need not be present")
-    command.add_argument("--arch", nargs="+", metavar="ARCH", help="for example sm_90a")
+    command = commands.add_parser(
+        "precompile",
+        help="compile CUDA kernels ahead of time",
+        description="Compiles the CUDA kernels into the folder that `info` names, for GPUs that need not be present, "
+        "and reports what they take. Fails if one takes more local memory (register spills) than it is known to.",
+    )
+    command.add_argument("--arch", nargs="+", action="extend", required=True, metavar="ARCH", help="for example sm_90a")
+    command.add_argument("--dtype", nargs="+", action="extend", choices=cuda_kernels.DTYPES, help="default: both")
+    command.add_argument("--head-dim", nargs="+", action="extend", type=_head_dim, metavar="D", help="default: all")
+    command.add_argument("--covering", action="store_true", help="few kernels in which each pair of options is there")
+    command.add_argument("--jobs", type=_positive, default=os.cpu_count(), metavar="N", help="default: one per core")
     command.set_defaults(run=precompile)
 
     options = parser.parse_args(arguments)
@@ -64,11 +72,15 @@ def info(options: argparse.Namespace) -> int:
     print("devices:")
     print(f"  cpu     {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):
-        print(f"  cuda:{index}  {torch.cuda.get_device_name(index)}")
+        missing = torch.ops.flash_dmattn.cuda_missing(index)
+        print(f"  cuda:{index}  {torch.cuda.get_device_name(index)}{missing and ': ' + missing}")
     print("kernels:")
     print(f"  cpu     compiled in; this machine runs those for {torch.ops.flash_dmattn.cpu_instruction_set()}")
-    print(f"  cuda    {NO_CUDA_KERNELS}")
-    print("cache:    the compiled kernels need none; those of flex are in TorchInductor's own")
+    print(f"  cuda    {_cuda_compiler()}")
+    folder, files = cuda_kernels.cached()
+    size = sum(file.stat().st_size for file in files)
+    print(f"cache:    {folder or 'none: neither FLASH_DMATTN_CACHE_DIR nor HOME is set'}")
+    print(f"          {len(files)} CUDA kernels, {size / 2**20:.1f} MB; those of flex are in TorchInductor's own")
     return 0
 
 
@@ -109,7 +121,42 @@ def bench(options: argparse.Namespace) -> int:
 
 
 def precompile(options: argparse.Namespace) -> int:
-    return _error(f"precompile: {NO_CUDA_KERNELS}, so there is nothing to compile; the CPU kernels come compiled")
+    try:
+        cuda_kernels.compiler()
+        kernels = cuda_kernels.kernels(
+            options.arch,
+            options.dtype or cuda_kernels.DTYPES,
+            options.head_dim or cuda_kernels.HEAD_DIMS,
+            options.covering,
+        )
+        start = time.perf_counter()
+        compiled = {}
+        for kernel, resources in cuda_kernels.compile_all(kernels, options.jobs):
+            compiled[kernel] = resources
+            if sys.stdout.isatty():
+                print(f"\r{len(compiled)} of {len(kernels)} kernels", end="", flush=True)
+    except (RuntimeError, ValueError) as error:
+        return _error(str(error))
+    print(f"\r{len(kernels)} kernels in {time.perf_counter() - start:.0f} s, in {cuda_kernels.cached()[0]}")
+    if compiled:
+        worst = max(compiled, key=lambda kernel: compiled[kernel].registers)
+        print(f"most registers: {compiled[worst].registers}, {worst.name} for {worst.arch}")
+    too_much = 0
+    for kernel, resources in compiled.items():
+        allowed = cuda_kernels.allowed_local_bytes(kernel)
+        if resources.local_bytes > 0:
+            print(f"local memory: {resources.local_bytes} bytes of {allowed} allowed, {kernel.name} for {kernel.arch}")
+        too_much += resources.local_bytes > allowed
+    if too_much:
+        print(f"flash-dmattn: {too_much} kernels take too much local memory", file=sys.stderr)
+    return 1 if too_much else 0
+
+
+def _cuda_compiler() -> str:
+    try:
+        return f"compiled when first used, by {cuda_kernels.compiler()}"
+    except RuntimeError as error:
+        return f"cannot be compiled: {error}"
 
 
 def _torch_dense(query: Tensor, key: Tensor, value: Tensor, score: Tensor) -> Tensor:
@@ -163,6 +210,12 @@ def _positive(text: str) -> int:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"must be positive, got {value}")
     return value
+
+
+def _head_dim(text: str) -> int:
+    if int(text) not in cuda_kernels.HEAD_DIMS:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 8 from 8 to 256, got {text}")
+    return int(text)
 
 
 def _error(message: str) -> int:

@@ -11,7 +11,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from . import cuda_kernels
+
 torch.ops.load_library(Path(__file__).with_name("_C.so"))
+cuda_kernels.find_nvrtc()
 
 forward = torch.ops.flash_dmattn.forward
 backward = torch.ops.flash_dmattn.backward

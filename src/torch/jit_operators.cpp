@@ -36,7 +36,7 @@ std::vector<std::string> kernels_of(const std::vector<std::string>& archs, const
 
 std::vector<std::int64_t> compile_one(std::string arch, std::string header, std::string name) {
   const Resources resources = compile({std::move(arch), {std::move(header), std::move(name)}});
-  return {resources.registers, resources.local_bytes, resources.shared_bytes};
+  return {resources.registers, resources.local_bytes};
 }
 
 }  // namespace

@@ -44,15 +44,13 @@ Resources resources(std::string_view cubin) {
   if (std::memcmp(elf.e_ident, ELFMAG, SELFMAG) != 0) throw Error("A compiled kernel is no cubin");
   const auto section = [&](int i) { return read<Elf64_Shdr>(cubin, elf.e_shoff + i * sizeof(Elf64_Shdr)); };
   const Elf64_Shdr names = section(elf.e_shstrndx);
+  const std::string_view all_names = part(cubin, names.sh_offset, names.sh_size);
   Resources resources{};
   for (int i = 0; i < elf.e_shnum; ++i) {
     const Elf64_Shdr header = section(i);
-    const std::string_view rest =
-        part(cubin, names.sh_offset, names.sh_size).substr(std::min(names.sh_size, Elf64_Xword{header.sh_name}));
-    const std::string_view name = rest.substr(0, rest.find('\0'));
-    if (name == ".nv.info") read_attributes(part(cubin, header.sh_offset, header.sh_size), resources);
-    if (name.starts_with(".nv.shared.") && !name.starts_with(".nv.shared.reserved"))
-      resources.shared_bytes = std::max(resources.shared_bytes, static_cast<int>(header.sh_size));
+    const std::string_view name = all_names.substr(std::min<std::size_t>(header.sh_name, all_names.size()));
+    if (name.substr(0, name.find('\0')) == ".nv.info")
+      read_attributes(part(cubin, header.sh_offset, header.sh_size), resources);
   }
   return resources;
 }

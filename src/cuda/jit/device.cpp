@@ -76,12 +76,9 @@ CUfunction Device::load(const Kernel& kernel) const {
   CUfunction function = nullptr;
   CUresult result = driver_.cuModuleLoadData(&module, image->data());
   if (result == 0) result = driver_.cuModuleGetFunction(&function, module, "kernel");
-  int static_bytes = 0;
-  if (result == 0) result = driver_.cuFuncGetAttribute(&static_bytes, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function);
-  if (result == 0) {
-    result = driver_.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                        shared_bytes_ - static_bytes);
-  }
+  // As much as a block may have: kernels have no shared memory but what is asked for at launch.
+  if (result == 0)
+    result = driver_.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes_);
   driver_.cuThreadExchangeStreamCaptureMode(&mode);
   if (result != 0) {
     driver_.fail(result, "The CUDA driver (for CUDA " + driver_.version() + ") does not load what " +

@@ -30,7 +30,6 @@ Driver load() {
   FLASH_DMATTN_LOAD(cuThreadExchangeStreamCaptureMode, "");
   FLASH_DMATTN_LOAD(cuModuleLoadData, "");
   FLASH_DMATTN_LOAD(cuModuleGetFunction, "");
-  FLASH_DMATTN_LOAD(cuFuncGetAttribute, "");
   FLASH_DMATTN_LOAD(cuFuncSetAttribute, "");
   FLASH_DMATTN_LOAD(cuLaunchKernel, "");
   FLASH_DMATTN_LOAD(cuMemsetD8Async, "");
