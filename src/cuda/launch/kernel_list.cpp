@@ -15,13 +15,12 @@ namespace flash_dmattn::cuda {
 __attribute__((weak)) void list_mask_kernels(const Selection&, std::vector<ListedKernel>&) {}
 __attribute__((weak)) void list_plan_kernels(const Selection&, std::vector<ListedKernel>&) {}
 __attribute__((weak)) void list_rows_kernels(const Selection&, std::vector<ListedKernel>&) {}
-__attribute__((weak)) void list_forward_kernels(const Selection&, std::vector<ListedKernel>&) {}
 __attribute__((weak)) void list_backward_kernels(const Selection&, std::vector<ListedKernel>&) {}
 
 std::vector<ListedKernel> list_kernels(const Selection& selection) {
   std::vector<ListedKernel> kernels;
-  for (auto list :
-       {list_mask_kernels, list_plan_kernels, list_rows_kernels, list_forward_kernels, list_backward_kernels})
+  for (auto list : {list_mask_kernels, list_plan_kernels, list_rows_kernels, list_forward_kernels,
+                    list_probabilities_kernels, list_backward_kernels})
     list(selection, kernels);
   for (ListedKernel& kernel : kernels) kernel.arch = selection.arch;
   return kernels;

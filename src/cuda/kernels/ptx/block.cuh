@@ -6,7 +6,12 @@ namespace flash_dmattn::cuda {
 
 __forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
 __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
-__forceinline__ int block_index() { return static_cast<int>(blockIdx.x); }
+/// Read anew by every call: what follows from it needs no register in between.
+__forceinline__ int block_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+  return x;
+}
 __forceinline__ int block_index_y() { return static_cast<int>(blockIdx.y); }
 __forceinline__ int block_index_z() { return static_cast<int>(blockIdx.z); }
 __forceinline__ int grid_blocks() { return static_cast<int>(gridDim.x); }

@@ -37,7 +37,7 @@ struct Forward {
         scores(given.scores, memory),
         begin(0),
         end(scores.tiles),
-        values(given.value.template at<u16>(scores.b, 0, given.scores.shape.kv_head(scores.unit))) {
+        values(given.value.template at<u16>(scores.place.b, 0, given.scores.shape.kv_head(scores.place.unit))) {
     if constexpr (kOptions.split) {
       begin = least(block_index_y() * params.split_tiles, end);
       end = least(begin + params.split_tiles, end);
@@ -131,6 +131,7 @@ struct Forward {
 
   void write() {
     const Shape& shape = params.scores.shape;
+    const Place place(params.scores);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -138,14 +139,14 @@ struct Forward {
         const int row = scores.row_of(m, half);
         float sum = quad_sum(softmax.sum[m][half]), lse = softmax.offset(m, half) + fast_log2(sum);
         float scale = fast_reciprocal(sum);
-        const bool is_row = scores.is_row(row);
-        const int q = scores.query_of(row), h = scores.head_of(row);
-        if (sum == 0 || (is_row && params.scores.plan.is_hidden(scores.b, scores.unit, q))) scale = 0, lse = -kInfinity;
+        const bool is_row = place.has(row);
+        const int q = place.query_of(row), h = place.head_of(row);
+        if (sum == 0 || (is_row && params.scores.plan.is_hidden(place.b, place.unit, q))) scale = 0, lse = -kInfinity;
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n) out[m][n][2 * half] *= scale, out[m][n][2 * half + 1] *= scale;
-        const i64 index = (static_cast<i64>(scores.b) * shape.heads + h) * shape.query_len + q;
+        const i64 index = (static_cast<i64>(place.b) * shape.heads + h) * shape.query_len + q;
         if (is_row && scores.lane % 4 == 0)
-          *(kOptions.split ? params.split_lse + split_offset() + index : params.lse.at(scores.b, h, q)) = lse * kLn2;
+          *(kOptions.split ? params.split_lse + split_offset() + index : params.lse.at(place.b, h, q)) = lse * kLn2;
         if constexpr (kOptions.split) {
           if (is_row) write_floats(m, half, params.split_out + (split_offset() + index) * shape.head_dim);
         } else {
@@ -155,7 +156,7 @@ struct Forward {
                 pack<T>(out[m][n][2 * half], out[m][n][2 * half + 1]);
         }
       }
-    if constexpr (!kOptions.split) write_rows();
+    if constexpr (!kOptions.split) write_rows(place);
   }
 
   /// Numbers of the parts before this one's, for each row.
@@ -176,13 +177,13 @@ struct Forward {
   }
 
   /// A warp's rows, which stand where its queries were, 16 bytes a thread.
-  void write_rows() {
+  void write_rows(const Place& place) {
     sync_warp();
     constexpr int kChunks = kOptions.head_dim / kChunk, kLanes = lanes_per_row(kChunks), kRowsAtOnce = kWarp / kLanes;
     for (int r = scores.lane / kLanes; r < 16 * kRowTiles; r += kRowsAtOnce) {
       const int row = scores.warp_row + r;
-      if (!scores.is_row(row)) continue;
-      u16* const to = params.out.template at<u16>(scores.b, scores.query_of(row), scores.head_of(row));
+      if (!place.has(row)) continue;
+      u16* const to = params.out.template at<u16>(place.b, place.query_of(row), place.head_of(row));
       for (int chunk = scores.lane % kLanes; chunk < kChunks; chunk += kLanes)
         *reinterpret_cast<Chunk*>(to + chunk * kChunk) =
             *reinterpret_cast<const Chunk*>(shared.query.at(row, chunk * kChunk));

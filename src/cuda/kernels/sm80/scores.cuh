@@ -22,6 +22,25 @@ struct ScoresShared {
   u32 test[2][kKeys * test_words(kConfig.test)];  // Interval::end or bits
 };
 
+/// Which rows a block's tile has. Blocks take the longest lists first: of a causal call those of the last queries.
+struct Place {
+  const ScoresParams& params;
+  int b, unit, run, first_query;
+
+  explicit Place(const ScoresParams& given) : params(given) {
+    const int units = params.shape.units(), index = block_index();
+    unit = index % units;
+    b = index / units % params.shape.batch;
+    run = params.plan.runs - 1 - index / units / params.shape.batch;
+    first_query = run * params.plan.run;
+  }
+  int query_of(int row) const { return first_query + row / params.shape.pack; }
+  int head_of(int row) const { return unit * params.shape.pack + row % params.shape.pack; }
+  bool has(int row) const {
+    return row / params.shape.pack < params.plan.run && query_of(row) < params.shape.query_len;
+  }
+};
+
 /// What a thread knows of its block's work.
 template <ScoresConfig kConfig>
 struct Scores {
@@ -34,46 +53,35 @@ struct Scores {
   const ScoresParams& params;
   Shared& shared;
   const int thread, lane, warp_row;  // warp_row: its first row
-  int b, unit, run, first_query;
-  KeyList list;
-  int tiles, tested;  // of keys; the first that needs a test
-  const u16* keys;
+  const Place place;
+  const KeyList list;
+  const int tiles, tested;  // of keys; the first that needs a test
+  const u16* const keys;
 
-  /// Blocks take the longest lists first: of a causal call those of the last queries.
   Scores(const ScoresParams& given, Shared& memory)
       : params(given),
         shared(memory),
         thread(thread_index()),
         lane(thread % kWarp),
-        warp_row(thread / kWarp * kRowTiles * 16) {
-    const Shape& shape = params.shape;
-    const int units = shape.units(), index = block_index();
-    unit = index % units;
-    b = index / units % shape.batch;
-    run = params.plan.runs - 1 - index / units / shape.batch;
-    first_query = run * params.plan.run;
-    list = params.plan.list(shape, b, unit, run);
-    tiles = divide_up(list.count, kKeys);
-    tested = least(list.full, list.count) / kKeys;
-    keys = params.key.template at<u16>(b, 0, shape.kv_head(unit));
-  }
+        warp_row(thread / kWarp * kRowTiles * 16),
+        place(given),
+        list(given.plan.list(given.shape, place.b, place.unit, place.run)),
+        tiles(divide_up(list.count, kKeys)),
+        tested(least(list.full, list.count) / kKeys),
+        keys(given.key.template at<u16>(place.b, 0, given.shape.kv_head(place.unit))) {}
 
-  /// The query and head of a row of the tile.
-  int query_of(int row) const { return first_query + row / params.shape.pack; }
-  int head_of(int row) const { return unit * params.shape.pack + row % params.shape.pack; }
-  bool is_row(int row) const {
-    return row / params.shape.pack < params.plan.run && query_of(row) < params.shape.query_len;
-  }
   /// The row of the tile that accumulators [m][…][2 * half …] belong to.
   int row_of(int m, int half) const { return warp_row + 16 * m + 8 * half + lane / 4; }
 
   // ---- copies
 
   void copy_queries() {
-    copy_rows<kThreads>(shared.query, thread, [&](int row) {
-      const bool valid = is_row(row);
-      return Source{params.query.template at<u16>(b, valid ? query_of(row) : 0, valid ? head_of(row) : 0),
-                    valid && params.logits.sign != 0};
+    copy_rows<kThreads>(shared.query, thread, [&](int row, int column) {
+      const bool valid = place.has(row);
+      return Source{
+          params.query.template at<u16>(place.b, valid ? place.query_of(row) : 0, valid ? place.head_of(row) : 0) +
+              column,
+          valid && params.logits.sign != 0};
     });
     zero_padding<kThreads>(shared.query, thread);
     for (int stage = 0; stage < kStages; ++stage) zero_padding<kThreads>(shared.key[stage], thread);
@@ -91,7 +99,12 @@ struct Scores {
   template <class AnyTile>
   void copy_keys(AnyTile& to, const u16* from, i64 stride, int tile) {
     const int* const positions = shared.position[tile % 4];
-    copy_rows<kThreads>(to, thread, [&](int row) { return Source{from + positions[row] * stride, true}; });
+    // In bytes and 32 bits, an address is one instruction. make_scores refuses longer strides.
+    const int bytes = static_cast<int>(stride) * 2;
+    copy_rows<kThreads>(to, thread, [&](int row, int column) {
+      const char* const first = reinterpret_cast<const char*>(from + column);
+      return Source{reinterpret_cast<const u16*>(first + static_cast<i64>(positions[row]) * bytes), true};
+    });
   }
 
   // ---- what belongs to the keys of a tile, and is fetched before it is needed: a thread looks after one key
@@ -101,15 +114,16 @@ struct Scores {
 
   /// Entries beyond the end of the list stand for the last one, and are masked.
   int position_of(int tile) const {
-    return params.plan.key(list, static_cast<int>(least<i64>(static_cast<i64>(tile) * kKeys + thread, list.count - 1)));
+    return params.plan.key(list, static_cast<int>(least<u32>(static_cast<u32>(tile) * kKeys + thread, list.count - 1)));
   }
   u32 bias_bits(i64 offset) const {
     return params.bias.is_float32 ? static_cast<const u32*>(params.bias.data)[offset]
                                   : static_cast<const u16*>(params.bias.data)[offset];
   }
   u32 bias_at(int position) const {
-    return kConfig.bias == BiasKind::per_key ? bias_bits(params.bias.offset(b, unit * params.shape.pack, 0, position))
-                                             : 0;
+    return kConfig.bias == BiasKind::per_key
+               ? bias_bits(params.bias.offset(place.b, place.unit * params.shape.pack, 0, position))
+               : 0;
   }
   float scaled_bias(u32 bits) const {
     const float x = params.bias.is_float32 ? float_of(bits) : to_float(T{static_cast<u16>(bits)});
@@ -148,10 +162,10 @@ struct Scores {
     if constexpr (kConfig.test == Test::interval) {
       const Plan& plan = params.plan;
       if (plan.end && thread < kKeys)
-        copy_async_4(
-            to + thread,
-            plan.end + b * plan.end_batch + unit * plan.end_unit + shared.position[tile % 4][thread] * plan.end_key,
-            true);
+        copy_async_4(to + thread,
+                     plan.end + place.b * plan.end_batch + place.unit * plan.end_unit +
+                         shared.position[tile % 4][thread] * plan.end_key,
+                     true);
     } else {
       // Zeros, which nobody sees, beyond the end of the list.
       const i64 first = static_cast<i64>(tile) * kKeys;
@@ -196,7 +210,8 @@ struct Scores {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int row = row_of(m, half);
-          const i64 of_row = is_row(row) ? params.bias.offset(b, head_of(row), query_of(row), 0) : 0;
+          const i64 of_row =
+              place.has(row) ? params.bias.offset(place.b, place.head_of(row), place.query_of(row), 0) : 0;
 #pragma unroll
           for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -250,7 +265,8 @@ struct Scores {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) at[m][half] = query_of(row_of(m, half)) + params.shape.first_position();
+        for (int half = 0; half < 2; ++half)
+          at[m][half] = place.query_of(row_of(m, half)) + params.shape.first_position();
       const i64 left = list.count - static_cast<i64>(tile) * kKeys;
       mask_scores(s, lane, [&](int column) {
         const int start = params.plan.is_causal ? shared.position[tile % 4][column] : kSmallest;

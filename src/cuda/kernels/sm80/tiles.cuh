@@ -59,11 +59,11 @@ constexpr int lanes_per_row(int chunks) {
 }
 
 struct Source {
-  const u16* row;
+  const u16* numbers;
   bool is_valid;  ///< zeros, if not
 };
 
-/// Starts copying all rows of a tile; `source` maps a row to its Source.
+/// Starts copying all rows of a tile. `sources` maps a row and a column to where the row's numbers from there on are.
 template <int kThreads, class AnyTile, class Sources>
 void copy_rows(AnyTile& tile, int thread, const Sources& sources) {
   constexpr int kChunks = AnyTile::kColumns / kChunk, kLanes = lanes_per_row(kChunks), kRowsAtOnce = kThreads / kLanes;
@@ -72,12 +72,11 @@ void copy_rows(AnyTile& tile, int thread, const Sources& sources) {
 #pragma unroll
   for (int row = 0; row < AnyTile::kRows; row += kRowsAtOnce) {
     if (AnyTile::kRows % kRowsAtOnce != 0 && first + row >= AnyTile::kRows) break;
-    const Source source = sources(first + row);
-    const u16* const from = source.row + lane * kChunk;
+    const Source source = sources(first + row, lane * kChunk);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kLanes)
       if (kChunks % kLanes == 0 || lane + chunk < kChunks)
-        copy_async_16(to + row * AnyTile::kPitch + chunk * kChunk, from + chunk * kChunk, source.is_valid);
+        copy_async_16(to + row * AnyTile::kPitch + chunk * kChunk, source.numbers + chunk * kChunk, source.is_valid);
   }
 }
 
