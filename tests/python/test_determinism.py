@@ -3,9 +3,12 @@
 import pytest
 import torch
 
+from devices import generator as make_generator
+from devices import on_gpu
 from flash_dmattn import DynamicMask, flash_dmattn_func
 
-RUNS = 20
+pytestmark = pytest.mark.usefixtures("device")
+RUNS, RUNS_ON_GPU = 20, 50
 THREADS = (1, 2, 3, 5, 8)
 
 
@@ -18,8 +21,11 @@ def restore_threads():
 
 def arguments(kind, dtype):
     """Leaves, then a function that makes the arguments beside query, key and value of them."""
-    generator = torch.Generator().manual_seed(0)
-    query_len, key_len, heads, kv_heads, head_dim = (2, 2100, 4, 2, 40) if kind == "decode" else (650, 650, 4, 2, 40)
+    generator = make_generator(0)
+    length = 2600 if on_gpu() else 650  # what several blocks add to
+    query_len, key_len, heads, kv_heads, head_dim = (
+        (2, 2100, 4, 2, 40) if kind == "decode" else (length, length, 4, 2, 40)
+    )
 
     def random(*size):
         return torch.randn(size, generator=generator).to(dtype).requires_grad_()
@@ -50,9 +56,9 @@ def arguments(kind, dtype):
 @pytest.mark.parametrize("kind", ("causal", "decode", "per_key_bias", "full_bias", "dense_mask", "dynamic_mask"))
 def test_same_bits(kind, dtype, restore_threads):
     leaves, options = arguments(kind, dtype)
-    grad_out = torch.randn(leaves[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad_out = torch.randn(leaves[0].shape, generator=make_generator(1)).to(dtype)
     first = None
-    for run in range(RUNS):
+    for run in range(RUNS_ON_GPU if on_gpu() else RUNS):
         torch.set_num_threads(THREADS[run % len(THREADS)])
         out, lse, probs = flash_dmattn_func(*leaves[:3], **options, deterministic=True, return_attn_probs=True)
         grads = torch.autograd.grad([out, lse], leaves, [grad_out, torch.ones_like(lse)])
@@ -63,7 +69,7 @@ def test_same_bits(kind, dtype, restore_threads):
 
 @pytest.mark.parametrize("is_causal", (False, True))
 def test_same_mask(is_causal, restore_threads):
-    score = torch.randint(50, (3, 2, 5000), generator=torch.Generator().manual_seed(2)).bfloat16()
+    score = torch.randint(50, (3, 2, 5000), generator=make_generator(2)).bfloat16()
     first = DynamicMask.from_score(score, 200, is_causal=is_causal).end
     for threads in THREADS:
         torch.set_num_threads(threads)

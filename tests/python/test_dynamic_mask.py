@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import reference
+from devices import generator as make_generator
 from flash_dmattn import DynamicMask
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VALUES = st.sampled_from((0.0, -0.0, 1.0, -1.0, 0.5, -2.0, 3.0, math.inf, -math.inf, math.nan))
@@ -43,7 +46,7 @@ def check(score, keep_window_size, **options):
 
 
 def test_selections_of_the_reference_agree():
-    generator = torch.Generator().manual_seed(0)
+    generator = make_generator(0)
     for window in (1, 3, 8, 40):
         score = random_score(generator, 2, 3, 33, levels=4)
         visible = torch.rand(2, 3, 20, 33, generator=generator) < 0.6
@@ -80,7 +83,7 @@ def test_follows_its_definition(data, dtype, batch, heads, key_len, is_causal, p
 @pytest.mark.parametrize("levels, dtype", ((None, torch.bfloat16), (1, torch.float32), (100, torch.float16)))
 @pytest.mark.parametrize("query_len, key_len", ((257, 257), (600, 600), (1, 1300), (65, 600), (600, 65), (1300, 1300)))
 def test_long_sequences(query_len, key_len, levels, dtype):
-    generator = torch.Generator().manual_seed(query_len + key_len)
+    generator = make_generator(query_len + key_len)
     score = random_score(generator, 1, 2, key_len, levels=levels, dtype=dtype)
     padding = torch.rand(1, key_len, generator=generator) < 0.8
     for keep_window_size in (1, 63, 256, key_len):
@@ -149,7 +152,7 @@ def test_all_padding():
 
 
 def test_not_causal_is_one_selection_for_every_query():
-    generator = torch.Generator().manual_seed(3)
+    generator = make_generator(3)
     score = random_score(generator, 2, 2, 50, levels=5)
     dense = check(score, 7, is_causal=False, query_len=9).to_dense()
     assert torch.equal(dense, dense[:, :, :1].expand_as(dense))
@@ -174,7 +177,7 @@ def test_a_single_query_sees_the_best_of_everything():
 
 
 def test_any_strides():
-    generator = torch.Generator().manual_seed(5)
+    generator = make_generator(5)
     score = random_score(generator, 3, 70, 2, levels=6)
     for view in (
         score.transpose(1, 2),
@@ -199,7 +202,7 @@ def test_attributes():
 
 @pytest.mark.parametrize("query_len, key_len", ((50, 50), (1, 50), (20, 50), (50, 20)))
 def test_density_is_visible_pairs_over_causal_pairs(query_len, key_len):
-    generator = torch.Generator().manual_seed(7)
+    generator = make_generator(7)
     score = random_score(generator, 2, 3, key_len, levels=4)
     causal_pairs = int(reference.causal_mask(query_len, key_len).sum()) * 6
     for window, padding in ((5, None), (5, torch.rand(2, key_len, generator=generator) < 0.7), (key_len, None)):

@@ -6,14 +6,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import reference
+from devices import generator as make_generator
+from devices import usual_dtype
 from flash_dmattn import DynamicMask, flash_dmattn_func, flash_dmattn_func_auto
 
+pytestmark = pytest.mark.usefixtures("device")
 ops = torch.ops.flash_dmattn
 B, Q, K, H, HK, D = 2, 7, 11, 4, 2, 8
 
 
-def random_inputs(*, dtype=torch.float32, grad=False, batch=B, query_len=Q, key_len=K, head_dim=D):
+def random_inputs(*, dtype=None, grad=False, batch=B, query_len=Q, key_len=K, head_dim=D):
     torch.manual_seed(0)
+    dtype = dtype or usual_dtype()
     sizes = (batch, query_len, H, head_dim), (batch, key_len, HK, head_dim), (batch, key_len, HK, head_dim)
     return [torch.randn(size, dtype=dtype, requires_grad=grad) for size in sizes]
 
@@ -22,7 +26,7 @@ def gradients(function, *inputs):
     """out and the gradients of inputs under a fixed gradient of out."""
     inputs = [tensor.detach().requires_grad_() for tensor in inputs]
     out = function(*inputs)
-    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype))
+    out.backward(torch.randn(out.shape, generator=make_generator(1)).to(out.dtype))
     return out, *(tensor.grad for tensor in inputs)
 
 
@@ -30,47 +34,51 @@ def gradients(function, *inputs):
 
 
 def causal(query, key, value, score):
-    return flash_dmattn_func(query, key, value, attn_bias=score[:, :, None], is_causal=True, softcap=3.0)
+    return flash_dmattn_func(
+        query, key, value, attn_bias=score[:, :, None], is_causal=True, softcap=3.0, deterministic=True
+    )
 
 
 def expanded_bias(query, key, value, score):
     bias = score[:, :, None].expand(-1, -1, query.size(1), -1)
-    return flash_dmattn_func(query, key, value, attn_bias=bias, scale=0.3)
+    return flash_dmattn_func(query, key, value, attn_bias=bias, scale=0.3, deterministic=True)
 
 
 def dense(query, key, value, score):
     query_len, key_len = query.size(1), key.size(1)
     position = torch.arange(query_len)[:, None] * torch.arange(key_len)
     bias = score[:, :, None] * torch.cos(position)
-    return flash_dmattn_func(query, key, value, (position % 3 != 1)[None, None], bias)
+    return flash_dmattn_func(query, key, value, (position % 3 != 1)[None, None], bias, deterministic=True)
 
 
 def dynamic(query, key, value, score):
     mask = DynamicMask.from_score(score, 4, query_len=query.size(1))
-    return flash_dmattn_func(query, key, value, mask, score[:, :, None])
+    return flash_dmattn_func(query, key, value, mask, score[:, :, None], deterministic=True)
 
 
 def window(query, key, value, score):
     bias = score[:, :, None].expand(-1, -1, query.size(1), -1)
     padding = torch.arange(key.size(1)) % 5 != 2
     padding = padding[None, None, None].expand(query.size(0), 1, query.size(1), -1)
-    return flash_dmattn_func(query, key, value, padding, bias, is_causal=True, keep_window_size=4)
+    return flash_dmattn_func(query, key, value, padding, bias, is_causal=True, keep_window_size=4, deterministic=True)
 
 
 def window_of_rows(query, key, value, score):
     bias = score[:, :, None] * torch.cos(torch.arange(query.size(1)))[:, None]
-    return flash_dmattn_func(query, key, value, attn_bias=bias, is_causal=True, keep_window_size=4)
+    return flash_dmattn_func(query, key, value, attn_bias=bias, is_causal=True, keep_window_size=4, deterministic=True)
 
 
 def lse(query, key, value, score):
     out, lse, _ = flash_dmattn_func_auto()(
-        query, key, value, attn_bias=score[:, :, None], is_causal=True, return_attn_probs=True
+        query, key, value, attn_bias=score[:, :, None], is_causal=True, deterministic=True, return_attn_probs=True
     )
     return out + lse.transpose(1, 2)[..., None].to(out.dtype)
 
 
 def lse_alone(query, key, value, score):
-    return flash_dmattn_func(query, key, value, attn_bias=score[:, :, None], return_attn_probs=True)[1]
+    return flash_dmattn_func(
+        query, key, value, attn_bias=score[:, :, None], deterministic=True, return_attn_probs=True
+    )[1]
 
 
 KINDS = (causal, expanded_bias, dense, dynamic, window, window_of_rows, lse, lse_alone)
@@ -108,6 +116,7 @@ def test_opcheck_masks():
         torch.library.opcheck(ops.select_keys, (rows, visible, 3, True))
 
 
+@pytest.mark.cpu  # in float64
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind):
     inputs = random_inputs(dtype=torch.float64, grad=True, query_len=4, key_len=6, head_dim=3)
@@ -174,12 +183,12 @@ def test_checkpointing(kind, use_reentrant):
 
 @pytest.mark.parametrize("autocast_dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("compiled", (False, True))
-def test_autocast(autocast_dtype, compiled):
+def test_autocast(autocast_dtype, compiled, device):
     torch.compiler.reset()
-    inputs = [*random_inputs(grad=True), torch.randn(B, HK, K, requires_grad=True)]
+    inputs = [*random_inputs(dtype=torch.float32, grad=True), torch.randn(B, HK, K, requires_grad=True)]
     inputs[1] = inputs[1].detach().bfloat16().requires_grad_()  # as where a layer's output meets a normalised one
     function = torch.compile(causal, fullgraph=True, backend="aot_eager") if compiled else causal
-    with torch.autocast("cpu", dtype=autocast_dtype):
+    with torch.autocast(device, dtype=autocast_dtype):
         out, *grads = gradients(function, *inputs)
 
     def cast(query, key, value, score):
@@ -191,6 +200,7 @@ def test_autocast(autocast_dtype, compiled):
         assert torch.equal(got, expected)
 
 
+@pytest.mark.cpu  # in float64
 def test_autocast_leaves_float64_and_what_is_outside_alone():
     inputs = random_inputs(dtype=torch.float64)
     with torch.autocast("cpu"):
@@ -284,6 +294,7 @@ def test_frozen_tensors_are_read_and_left_alone():
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(inputs, copies, strict=True))
 
 
+@pytest.mark.cpu  # in float64
 @pytest.mark.parametrize("shape", [(b, h, q, k) for b in (1, B) for h in (1, HK, H) for q in (1, Q) for k in (1, K)])
 def test_bias_gradients_have_the_shape_of_the_bias(shape):
     inputs = random_inputs(dtype=torch.float64)
@@ -320,6 +331,7 @@ EXPANSIONS = {
 }
 
 
+@pytest.mark.cpu  # in float64
 @pytest.mark.parametrize("expand", EXPANSIONS.values(), ids=EXPANSIONS)
 def test_gradients_of_expanded_biases(expand):
     inputs = random_inputs(dtype=torch.float64)
@@ -379,10 +391,12 @@ def test_a_view_with_a_backward_of_its_own_keeps_it():
     torch.testing.assert_close(torch.autograd.grad(out.square().sum(), score)[0], expected)
 
 
+@pytest.mark.cpu
 def test_the_instruction_set_has_a_name():
     assert ops.cpu_instruction_set()
 
 
+@pytest.mark.cpu
 def test_threads_follow_torch():
     inputs = random_inputs()
     threads = torch.get_num_threads()
