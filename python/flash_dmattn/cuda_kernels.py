@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -34,8 +36,8 @@ class Resources:
     local_bytes: int
 
 
-def find_nvrtc() -> None:
-    """Tells the engine where the wheels that PyTorch depends on have put NVRTC."""
+def set_up() -> None:
+    """Tells the engine where the wheels that PyTorch depends on have put NVRTC, and where warnings go."""
     spec = find_spec("nvidia")
     folders = [
         str(Path(root, folder))
@@ -43,6 +45,12 @@ def find_nvrtc() -> None:
         for folder in ("cu13/lib", "cuda_nvrtc/lib")
     ]
     torch.ops.flash_dmattn.cuda_set_nvrtc_path([folder for folder in folders if Path(folder).is_dir()])
+    torch.ops.flash_dmattn.cuda_set_warning_handler(ctypes.cast(_warn, ctypes.c_void_p).value)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+def _warn(text: bytes) -> None:
+    warnings.warn(text.decode(), RuntimeWarning, stacklevel=2)
 
 
 def compiler() -> str:

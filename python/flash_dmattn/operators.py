@@ -14,7 +14,7 @@ from torch import Tensor
 from . import cuda_kernels
 
 torch.ops.load_library(Path(__file__).with_name("_C.so"))
-cuda_kernels.find_nvrtc()
+cuda_kernels.set_up()
 
 forward = torch.ops.flash_dmattn.forward
 backward = torch.ops.flash_dmattn.backward

@@ -11,11 +11,11 @@
 namespace flash_dmattn::cuda {
 namespace {
 
-// Python's warnings, where torch sends its own there.
-[[maybe_unused]] const bool warnings_are_torchs = [] {
-  set_warning_handler([](const std::string& text) { aoti_torch_warn("", "flash_dmattn", 0, text.c_str()); });
-  return true;
-}();
+// A function that takes text, as its address: operators take no functions.
+void send_warnings_to(std::int64_t address) {
+  set_warning_handler(
+      [handler = reinterpret_cast<void (*)(const char*)>(address)](const std::string& text) { handler(text.c_str()); });
+}
 
 std::string missing_on(std::int64_t device) { return missing(static_cast<int>(device)); }
 
@@ -45,6 +45,7 @@ std::vector<std::int64_t> compile_one(std::string arch, std::string header, std:
 STABLE_TORCH_LIBRARY_FRAGMENT(flash_dmattn, library) {
   library.def("cuda_missing(int device) -> str");
   library.def("cuda_set_nvrtc_path(str[] paths) -> ()");
+  library.def("cuda_set_warning_handler(int address) -> ()");
   library.def("cuda_compiler() -> str");
   library.def("cuda_cache_directory() -> str");
   library.def("cuda_kernels(str[] archs, str[] dtypes, int[] head_dims, bool covering) -> str[]");
@@ -56,6 +57,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_dmattn, CompositeExplicitAutograd, library) {
   namespace cuda = flash_dmattn::cuda;
   library.impl("cuda_missing", TORCH_BOX(&cuda::missing_on));
   library.impl("cuda_set_nvrtc_path", TORCH_BOX(&cuda::set_nvrtc_path));
+  library.impl("cuda_set_warning_handler", TORCH_BOX(&cuda::send_warnings_to));
   library.impl("cuda_compiler", TORCH_BOX(&cuda::compiler));
   library.impl("cuda_cache_directory", TORCH_BOX(&cuda::cache_directory));
   library.impl("cuda_kernels", TORCH_BOX(&cuda::kernels_of));
