@@ -17,13 +17,14 @@ package_files := $(engine_files) $(shell find python -type f -name '*.py') pypro
 cpp_files = $(shell find include src tests/cpp examples/cpp benchmarks -name '*.h' -o -name '*.cpp')
 python_files := python tests/python examples benchmarks docs
 
-.PHONY: demo test test-cpp test-python test-wheel test-sanitizers test-address test-thread lint format wheel clean
+.PHONY: demo test test-cpp test-python test-kernels test-wheel test-sanitizers test-address test-thread kernels lint format
+.PHONY: wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed
 	$(bin)/python examples/train_language_model.py $(if $(TEXT),--text "$(TEXT)")
 
-test: lint test-cpp test-python test-wheel test-sanitizers
+test: lint test-cpp test-python test-kernels test-wheel test-sanitizers
 
 # Setting up: the tools and what the package depends on, then the package itself, built against the torch in $(VENV).
 $(VENV)/tools: pyproject.toml
@@ -44,6 +45,14 @@ test-cpp: $(VENV)/tools
 
 test-python: $(VENV)/installed
 	$(bin)/python -m pytest -n 2
+
+# The CUDA kernels compile, and without spills: those that between them have each pair of options, and all. No GPU is needed.
+test-kernels: $(VENV)/installed
+	rm -rf $(BUILD)/kernels
+	FLASH_DMATTN_CACHE_DIR=$(BUILD)/kernels $(bin)/flash-dmattn precompile --arch sm_80 sm_90a sm_120 --covering --jobs $(JOBS)
+	rm -rf $(BUILD)/kernels
+kernels: $(VENV)/installed
+	$(bin)/flash-dmattn precompile --arch sm_80 sm_86 sm_90a sm_120 --jobs $(JOBS)
 
 # Sanitizers see the engine and its C++ tests.
 test-sanitizers: test-address test-thread

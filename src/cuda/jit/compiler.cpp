@@ -87,7 +87,7 @@ int arch_number(const std::string& arch) {
   const bool has_prefix = arch.starts_with("sm_");
   const auto [rest, error] = std::from_chars(has_prefix ? start : end, end, number);
   if (!has_prefix || error != std::errc() || (rest != end && std::string(rest, end) != "a"))
-    throw InvalidArgument("arch is \"" + arch + "\"; it takes sm_80, sm_86, sm_90a, sm_120 and the like");
+    throw InvalidArgument("arch: is \"" + arch + "\", takes sm_80, sm_86, sm_90a, sm_120 and the like");
   return number;
 }
 

@@ -18,9 +18,8 @@ Device& Device::get(int index) {
     if (const auto found = devices.find(index); found != devices.end()) return *found->second;
   }
   const std::unique_lock lock(mutex);
-  auto& device = devices[index];
-  if (!device) device = std::make_unique<Device>(index);
-  return *device;
+  if (const auto found = devices.find(index); found != devices.end()) return *found->second;
+  return *devices.emplace(index, std::make_unique<Device>(index)).first->second;
 }
 
 Device::Device(int index) {

@@ -77,12 +77,12 @@ std::vector<Target> kernels(const std::vector<std::string>& archs, const std::ve
   Selection selection{};
   for (const DType dtype : dtypes) {
     if (dtype != DType::float16 && dtype != DType::bfloat16)
-      throw InvalidArgument(std::string("dtypes has ") + name_of(dtype) + "; it takes float16 and bfloat16");
+      throw InvalidArgument(std::string("dtypes: has ") + name_of(dtype) + ", takes float16 and bfloat16");
     selection.dtypes.push_back(dtype == DType::float16 ? Number::float16 : Number::bfloat16);
   }
   for (const std::int64_t head_dim : head_dims) {
     if (head_dim < 8 || head_dim > 256 || head_dim % 8 != 0)
-      throw InvalidArgument("head_dims has " + std::to_string(head_dim) + "; it takes multiples of 8 from 8 to 256");
+      throw InvalidArgument("head_dims: has " + std::to_string(head_dim) + ", takes multiples of 8 from 8 to 256");
     selection.head_dims.push_back(static_cast<int>(head_dim));
   }
   std::map<int, std::string> names;
