@@ -6,6 +6,7 @@
 #include "emulator.h"
 #include "layout/copy_rows.cuh"
 #include "layout/repeat.cuh"
+#include "mask/plan_bits.cuh"
 #include "mask/plan_columns.cuh"
 #include "mask/plan_survivors.cuh"
 #include "plan.h"
@@ -13,8 +14,10 @@
 #include "rows.h"
 
 namespace flash_dmattn::cuda {
+EMULATE(BitLists);
 EMULATE(ColumnLists);
 EMULATE(CopyRows);
+EMULATE(PackMask);
 EMULATE(Repeat<int>);
 EMULATE(Repeat<unsigned char>);
 EMULATE(SurvivorLists);
@@ -233,6 +236,48 @@ TEST(survivors_of_nonsense) {
       for (int j = 0; j < list.count; ++j) CHECK(plan.key(list, j) >= 0 && plan.key(list, j) < c.K);
     }
   });
+}
+
+TEST(bits_of_dense_masks) {
+  for_random_cases(random_cases() / 2, [](Random& random) {
+    Case c = random_case(random, random.pick({20, 150, 1300}));
+    if (c.K > 150) {
+      c.B = c.Hk = 1;
+      c.H = random.pick({1, 2});
+      c.Q = random.integer(2, 100);
+    }
+    c.Q = std::max<std::int64_t>(c.Q, 2);
+    c.K = std::max<std::int64_t>(random.chance(0.5) ? c.K / 16 * 16 : c.K, 2);
+    const Index<4> size{batch(random, c), heads(random, c), c.Q, c.K};
+    const Index<4> order = random.chance(0.8) ? Index<4>{0, 1, 2, 3} : Index<4>{1, 3, 0, 2};
+    Tensor<4> mask(DType::boolean, size, order, random.pick({0, 0, 16, 5}));
+    const double density = random.pick({0.0, 0.02, 0.5, 0.98, 1.0});
+    const std::int64_t block = random.pick({1, 40});  // full and empty parts, too
+    mask.for_each([&](const Index<4>& i) {
+      const bool first = i[2] % block == 0 && i[3] % block == 0;
+      mask.set(i, first ? random.chance(density) : mask.at({i[0], i[1], i[2] - i[2] % block, i[3] - i[3] % block}));
+      // Any byte but 0 is true.
+      if (mask.at(i) != 0 && random.chance(0.5)) *mask.element(i) = static_cast<std::byte>(random.integer(1, 255));
+    });
+    c.mask = mask;
+    if (random.chance(0.4))
+      c.end = dynamic_end(random, {batch(random, c), heads(random, c), c.K}, random.integer(1, c.K + 1), c.Q,
+                          random.chance(0.6));
+    EmulatedStream stream;
+    check_plan(c, static_cast<int>(random.pick({1, 8, 42, 64, 128, 512, 1000})),
+               static_cast<int>(random.pick({1, 2, 64})), stream, true);
+  });
+}
+
+TEST(bits_of_more_lists_than_are_made_at_a_time) {
+  Random random(1);
+  Case c;
+  c.Q = 3200;
+  c.K = 20;
+  c.mask = boolean(random, {1, 1, c.Q, c.K}, 0.5);
+  EmulatedStream stream;
+  check_plan(c, 1, 64, stream, true);
+  CHECK_EQUAL(stream.launched().size(), std::size_t{4});
 }
 
 TEST(survivors_of_another_mask_are_refused) {

@@ -30,10 +30,14 @@ struct Masks {
 
 const Kernel kSurvivorLists{"mask/plan_survivors.cuh", "SurvivorLists"};
 const Kernel kColumnLists{"mask/plan_columns.cuh", "ColumnLists"};
+const Kernel kPackMask{"mask/plan_bits.cuh", "PackMask"}, kBitLists{"mask/plan_bits.cuh", "BitLists"};
 const Kernel kRepeatEnd{"layout/repeat.cuh", "Repeat<int>"}, kRepeatRows{"layout/repeat.cuh", "Repeat<unsigned char>"};
 
 /// Readers may run past the end of a list, to the end of a tile.
 constexpr std::int64_t kSlack = 128;
+
+/// Memory for masks that are read, but not yet in their lists.
+constexpr std::int64_t kSegmentBytes = std::int64_t{96} << 20;
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
@@ -62,14 +66,16 @@ class Planner {
         plan_.rows_unit = each.head;
         plan_.rows_query = each.element;
       }
-      if (end_) {
+      if (end_ && !masks_.dense) {
         const auto each = per_unit<int>(*end_, end_->stride[2], shape_.key_len, kRepeatEnd);
         plan_.end = each.from;
         plan_.end_batch = each.batch;
         plan_.end_unit = each.head;
         plan_.end_key = each.element;
       }
-      if (has_survivors())
+      if (masks_.dense)
+        list_bits();
+      else if (has_survivors())
         list_survivors();
       else if (masks_.columns || end_)
         list_columns();
@@ -178,10 +184,10 @@ class Planner {
         .survivors = masking<int>(survivors_),
         .slots = slots,
         .chunk = chunk,
-        .blocks = static_cast<int>(divide_up(plan_.runs, Config::runs_per_block(plan_.run, chunk))),
+        .blocks = static_cast<int>(divide_up(plan_.runs, Config::runs_per_block(plan_.run, slots, chunk))),
         .capacity = static_cast<int>(capacity)};
     stream_.launch(kSurvivorLists, grid_of(list_rows() * params.blocks), Config::kThreads,
-                   Config::shared_bytes(plan_.run, chunk), params);
+                   Config::shared_bytes(plan_.run, slots, chunk), params);
   }
 
   void list_columns() {
@@ -208,6 +214,57 @@ class Planner {
       params.is_counting = false;
     }
     launch();
+  }
+
+  void list_bits() {
+    using Config = BitListsConfig;
+    if (plan_.run > Config::kLongestRun)
+      throw std::invalid_argument("a run of " + std::to_string(plan_.run) + " positions has too many bits");
+    list_for(masks_.dense);
+    list_for(end_);
+    const View<4>& mask = *masks_.dense;
+    const int words = static_cast<int>(divide_up(plan_.run, 32)), segment = Config::segment(words);
+    const std::int64_t entries = room_for_bits().start(plan_.runs), all = list_rows() * entries;
+    BitListsParams params{.lists = make_room(all),
+                          .mask = masking<unsigned char>(masks_.dense),
+                          .is_aligned = is_aligned(mask),
+                          .words = words,
+                          .bits = stream_.allocate_array<u32>(static_cast<std::size_t>((all + kSlack) * words)),
+                          .room = room_for_bits(),
+                          .segments = static_cast<int>(divide_up(shape_.key_len, segment)),
+                          .first_list = 0,
+                          .counts = nullptr,
+                          .segment_positions = nullptr,
+                          .segment_bits = nullptr};
+    plan_.bits = params.bits;
+    plan_.words = words;
+
+    // As many lists at a time as leave segments in the cache, more or less.
+    const std::int64_t lists = list_rows() * plan_.runs, keys = static_cast<std::int64_t>(params.segments) * segment;
+    const std::int64_t at_a_time = std::clamp<std::int64_t>(kSegmentBytes / (keys * (words + 1) * 4), 1, lists);
+    params.counts = stream_.allocate_array<int>(static_cast<std::size_t>(at_a_time * params.segments * 2));
+    params.segment_positions = stream_.allocate_array<int>(static_cast<std::size_t>(at_a_time * keys));
+    params.segment_bits = stream_.allocate_array<u32>(static_cast<std::size_t>(at_a_time * keys * words));
+    for (; params.first_list < lists; params.first_list += at_a_time) {
+      const Grid grid = grid_of(std::min<std::int64_t>(at_a_time, lists - params.first_list) * params.segments);
+      stream_.launch(kPackMask, grid, Config::kThreads, Config::shared_bytes(words), params);
+      stream_.launch(kBitLists, grid, Config::kThreads, 0, params);
+    }
+  }
+
+  /// A run may list all keys that causality lets its last position see. Lists start at multiples of 4 entries.
+  Staircase room_for_bits() const {
+    if (!plan_.is_causal) return {.first = round_up(shape_.key_len, 4), .step = 0, .empty = 0};
+    const std::int64_t first = shape_.first_position(), run = plan_.run, empty = first < 0 ? -first / run : 0;
+    return {
+        .first = round_up(first + (empty + 1) * run, 4), .step = round_up(run, 4), .empty = static_cast<int>(empty)};
+  }
+
+  static bool is_aligned(const View<4>& mask) {
+    bool aligned =
+        mask.stride[3] == 1 && mask.size[3] % 16 == 0 && reinterpret_cast<std::uintptr_t>(mask.data) % 16 == 0;
+    for (int i = 0; i < 3; ++i) aligned = aligned && mask.stride[i] % 16 == 0;
+    return aligned;
   }
 
   const flash_dmattn::Shape sizes_;
@@ -262,7 +319,8 @@ MadePlan make_plan(const Problem& problem, const Shape& shape, int run, Stream& 
 }
 
 void list_plan_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {
-  for (const Kernel& kernel : {kSurvivorLists, kColumnLists, kRepeatEnd, kRepeatRows}) kernels.push_back({kernel, {}});
+  for (const Kernel& kernel : {kSurvivorLists, kColumnLists, kPackMask, kBitLists, kRepeatEnd, kRepeatRows})
+    kernels.push_back({kernel, {}});
   list_rows_kernels(selection, kernels);
 }
 

@@ -8,8 +8,8 @@ namespace flash_dmattn::cuda {
 /// The run and the keys that a block of PackMask and BitLists works on.
 struct Segment {
   int b, head, run;
-  i64 list;    // of those made at a time
-  int index;   // of the list's segments
+  i64 list;         // of those made at a time
+  int index;        // of the list's segments
   int start, stop;  // keys
 
   explicit Segment(const BitListsParams& params) {
@@ -92,6 +92,7 @@ struct PackMask {
     const unsigned char* from = mask + first_key + first * params.mask.query;
     // A byte of part[e][j] has what key 4 j + (the byte's number) is at positions 8 e ... 8 e + 7.
     u32 part[4][4];
+#pragma unroll
     for (int e = 0; e < 4; ++e) {
       FourWords rows[8];
       for (int i = 0; i < 8; ++i) {

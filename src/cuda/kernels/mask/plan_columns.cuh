@@ -15,8 +15,13 @@ struct ColumnLists {
   using Params = ColumnListsParams;
   static constexpr int kThreads = Config::kThreads, kBlocksPerMultiprocessor = 1;
 
+  /// Of keys whose intervals never end, and of others that are visible.
   struct Counts {
     int full, tested;
+    void join() {
+      tested += full;
+      full = 0;
+    }
   };
   struct Shared {
     Counts counts[Config::kWarps];
@@ -46,9 +51,17 @@ struct ColumnLists {
   int slice_start() const { return slice * params.slice; }
   int slice_stop() const { return least<i64>(static_cast<i64>(slice_start()) + params.slice, params.lists.key_len); }
 
-  /// A bit for each thread whose key needs no test, or needs one.
+  /// A bit for each thread whose key's interval never ends, or ends.
   struct Classes {
     u32 full[Config::kGroups], tested[Config::kGroups];
+
+    /// In order of position, whether they need a test or not.
+    void join() {
+      for (int i = 0; i < Config::kGroups; ++i) {
+        tested[i] |= full[i];
+        full[i] = 0;
+      }
+    }
     Counts count() const {
       Counts sum{0, 0};
       for (int i = 0; i < Config::kGroups; ++i) {
@@ -76,7 +89,7 @@ struct ColumnLists {
     for (int i = 0; i < Config::kGroups; ++i) {
       const int key = start + i * kWarp;
       const int first = lists.is_causal ? most(key, lists.first_position()) : lists.first_position();
-      const bool is_full = !lists.is_causal && end[i] >= lists.key_len;
+      const bool is_full = end[i] >= lists.key_len;
       classes.full[i] = ballot(visible[i] && is_full);
       classes.tested[i] = ballot(visible[i] && !is_full && end[i] > first);
     }
@@ -146,11 +159,17 @@ struct ColumnLists {
     const ListsParams& lists = params.lists;
     const i64 offset = row * params.capacity;
     int* const positions = lists.positions + offset;
-    const Sums slices = sum_slices();
+    Sums slices = sum_slices();
+    const bool some_end = slices.all.tested > 0;
+    if (lists.is_causal) {
+      slices.before.join();
+      slices.all.join();
+    }
     const int start = slices.before.tested;
     int full_at = slices.before.full, tested_at = slices.all.full + start;
     for (int stage = slice_start(); stage < slice_stop(); stage += Config::kStage) {
-      const Classes classes = classify(stage);
+      Classes classes = classify(stage);
+      if (lists.is_causal) classes.join();
       const Sums warps = sum_warps(classes.count());
       int warp_full = full_at + warps.before.full, warp_tested = tested_at + warps.before.tested;
       for (int i = 0; i < Config::kGroups; ++i) {
@@ -178,7 +197,7 @@ struct ColumnLists {
         }
         if (ends_here(seen_by_all))
           list.full = !lists.is_causal ? slices.all.full
-                      : ends           ? 0
+                      : some_end       ? 0
                                        : lower_bound(positions, start, tested_at, seen_by_all);
       }
     }

@@ -46,12 +46,14 @@ struct SurvivorListsConfig {
   static constexpr int kThreads = 512, kWarps = kThreads / 32;
   static constexpr int kEntries = 4, kStage = kThreads * kEntries;  // candidates in shared memory at a time
   static constexpr int kLongestRun = 4096;
-  /// Runs per block, a warp for each: as many as are about as long as a chunk.
-  static constexpr int runs_per_block(int run, int chunk) { return most(1, least(kWarps, chunk / run)); }
+  /// Runs per block, a warp for each: as many as have about as many keys of their own as survivors in common.
+  static constexpr int runs_per_block(int run, int slots, int chunk) {
+    return most(1, least(kWarps, most(slots, chunk) / run));
+  }
   /// A run of t positions tests at most the t keys that die in it and the t that come in it.
   static constexpr int tested_capacity(int run) { return 2 * run; }
-  static constexpr int shared_bytes(int run, int chunk) {
-    return kStage * 8 + kWarps * 4 + runs_per_block(run, chunk) * tested_capacity(run) * 4;
+  static constexpr int shared_bytes(int run, int slots, int chunk) {
+    return kStage * 8 + kWarps * 4 + runs_per_block(run, slots, chunk) * tested_capacity(run) * 4;
   }
 };
 
@@ -91,8 +93,8 @@ struct BitListsConfig {
   static constexpr int shared_bytes(int words) { return segment(words) * (words * 4 + 1) + kWarps * 8; }
 };
 
-/// Where lists of unequal length begin: list 0 has room for `first` entries, each next one for `step` more. The lists of
-/// the first `empty` runs have none.
+/// Where lists of unequal length begin: list 0 has room for `first` entries, each next one for `step` more. The lists
+/// of the first `empty` runs have none.
 struct Staircase {
   i64 first, step;
   int empty;

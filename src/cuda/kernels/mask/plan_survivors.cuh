@@ -32,7 +32,7 @@ struct SurvivorLists {
     const ListsParams& lists = params.lists;
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
     const int row = block_index() / params.blocks, head = row % lists.heads, b = row / lists.heads;
-    const int runs_per_block = Config::runs_per_block(lists.run, params.chunk);
+    const int runs_per_block = Config::runs_per_block(lists.run, params.slots, params.chunk);
     const int first_run = block_index() % params.blocks * runs_per_block;
     const int last_run = least(first_run + runs_per_block, lists.runs) - 1;
 
