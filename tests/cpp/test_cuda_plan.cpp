@@ -272,7 +272,7 @@ TEST(bits_of_dense_masks) {
 TEST(bits_of_more_lists_than_are_made_at_a_time) {
   Random random(1);
   Case c;
-  c.Q = 3200;
+  c.Q = 520;
   c.K = 20;
   c.mask = boolean(random, {1, 1, c.Q, c.K}, 0.5);
   EmulatedStream stream;

@@ -36,8 +36,11 @@ const Kernel kRepeatEnd{"layout/repeat.cuh", "Repeat<int>"}, kRepeatRows{"layout
 /// Readers may run past the end of a list, to the end of a tile.
 constexpr std::int64_t kSlack = 128;
 
-/// Memory for masks that are read, but not yet in their lists.
-constexpr std::int64_t kSegmentBytes = std::int64_t{96} << 20;
+/// Memory for what is read of a mask, but not yet in its lists: a part of the mask's, and hardly more than the cache.
+std::int64_t segment_memory(std::int64_t mask_bytes) {
+  constexpr std::int64_t mebibyte = 1 << 20;
+  return std::clamp(mask_bytes / 4, 16 * mebibyte, 96 * mebibyte);
+}
 
 std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
@@ -239,9 +242,9 @@ class Planner {
     plan_.bits = params.bits;
     plan_.words = words;
 
-    // As many lists at a time as leave segments in the cache, more or less.
     const std::int64_t lists = list_rows() * plan_.runs, keys = static_cast<std::int64_t>(params.segments) * segment;
-    const std::int64_t at_a_time = std::clamp<std::int64_t>(kSegmentBytes / (keys * (words + 1) * 4), 1, lists);
+    const std::int64_t memory = segment_memory(list_rows() * shape_.query_len * shape_.key_len);
+    const std::int64_t at_a_time = std::clamp<std::int64_t>(memory / (keys * (words + 1) * 4), 1, lists);
     params.counts = stream_.allocate_array<int>(static_cast<std::size_t>(at_a_time * params.segments * 2));
     params.segment_positions = stream_.allocate_array<int>(static_cast<std::size_t>(at_a_time * keys));
     params.segment_bits = stream_.allocate_array<u32>(static_cast<std::size_t>(at_a_time * keys * words));
