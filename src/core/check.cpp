@@ -27,6 +27,9 @@ std::string text(const std::array<std::int64_t, N>& size) {
   return out.str();
 }
 
+// Positions, and what comes after the last, are int32.
+constexpr std::int64_t kLongest = std::numeric_limits<std::int32_t>::max() - 1;
+
 bool is_floating(DType dtype) { return dtype >= DType::float16; }
 DType sum_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
@@ -86,9 +89,8 @@ void check(const Problem& problem) {
     refuse("key: has ", s.kv_heads, " heads, takes a number that divides the query's ", s.heads);
   check_size("key", k, {s.batch, s.key_len, s.kv_heads, s.head_dim});
   check_size("value", v, k.size);
-  constexpr std::int64_t longest = std::numeric_limits<std::int32_t>::max() - 1;
-  if (s.key_len > longest) refuse("key: has length ", s.key_len, ", takes at most ", longest);
-  if (s.query_len > longest) refuse("query: has length ", s.query_len, ", takes at most ", longest);
+  if (s.key_len > kLongest) refuse("key: has length ", s.key_len, ", takes at most ", kLongest);
+  if (s.query_len > kLongest) refuse("query: has length ", s.query_len, ", takes at most ", kLongest);
   check_rows("query", q);
   check_rows("key", k);
   check_rows("value", v);
@@ -161,8 +163,7 @@ void check(const DynamicMask& mask, const View<3>& end, const std::optional<View
     refuse("score: is ", name_of(mask.score.dtype), ", takes float16, bfloat16, float32 or float64");
   if (mask.keep_window_size < 1) refuse("keep_window_size: is ", mask.keep_window_size, ", takes at least 1");
   if (mask.query_len < 0) refuse("query_len: is ", mask.query_len, ", takes at least 0");
-  constexpr std::int64_t longest = std::numeric_limits<std::int32_t>::max() - 1;
-  if (mask.score.size[2] > longest) refuse("score: has ", mask.score.size[2], " keys, takes at most ", longest);
+  if (mask.score.size[2] > kLongest) refuse("score: has ", mask.score.size[2], " keys, takes at most ", kLongest);
   if (mask.key_padding_mask) {
     const View<2>& padding = *mask.key_padding_mask;
     check_dtype("key_padding_mask", padding, DType::boolean);
@@ -202,6 +203,9 @@ void check_selection(const View<4>& score, const std::optional<View<4>>& visible
   }
   if (keep_window_size < 1) refuse("keep_window_size: is ", keep_window_size, ", takes at least 1");
   check_dtype("selected", selected, DType::boolean);
+  check_in_reach("selected", selected);
+  for (std::int64_t size : selected.size)
+    if (size > kLongest) refuse("selected: has shape ", text(selected.size), ", takes sizes of at most ", kLongest);
 }
 
 }  // namespace flash_dmattn

@@ -34,7 +34,7 @@ struct SortKeys {
     swap(now, next);
     for (int run = kEach; run < kGroup; run *= 2) {
       if (run == kChunk && params.chunk_lists.exist())
-        for (int c = 0; c < kChunksPerGroup; ++c)
+        for (int c = 0; c < kChunksPerGroup - 1; ++c)  // those that another of the group comes after
           store(now.from(c * kChunk), first, params.chunk_lists, static_cast<i64>(block_index()) * kChunksPerGroup + c);
       merge_runs<kEach>(now, next, run);
       swap(now, next);
@@ -181,7 +181,7 @@ struct FindEnds {
     // node's list is where its keys are in the chunk.
     List<Score> survive = now.from(capacity - least(keep, kChunk));
     for (int half = kChunk / 2; half > 0; half /= 2, --level) {
-      const int i = t % half, node = 2 * (t - i);
+      const int i = t & (half - 1), node = 2 * (t - i);
       const int kept = least(keep, 2 * half), kept_by_half = least(keep, half), rank = kept - kept_by_half + i;
       if (i < kept_by_half) {
         const List<Score> older = survive.from(node), out = next.from(node + i);

@@ -81,7 +81,7 @@ template <class Score>
 struct SortKeysParams {
   Keys keys;
   int groups;                             // of a row
-  Lists<Score> chunk_lists, group_lists;  // chunk_lists: causal only
+  Lists<Score> chunk_lists, group_lists;  // chunk_lists: causal only, not the last of a group
   Ends end;
 };
 

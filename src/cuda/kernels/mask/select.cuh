@@ -34,7 +34,7 @@ struct SelectKeys {
       if (k >= seen || (visible && !visible[k * params.visible.key])) return kNoKey;
       return rank_of<kType>(score[k * params.score.key]);
     };
-    const int words = (keys + kInWord - 1) / kInWord;
+    const int words = (seen + kInWord - 1) / kInWord;
     if (params.in_shared) {
       for (int k = t; k < words * kInWord; k += kThreads) shared[k] = static_cast<Bits>(load(k));
       sync_block();
@@ -65,8 +65,8 @@ struct SelectKeys {
     };
 
     Score worst = 0;
-    int at_least = keys;
-    for (int bit = 8 * sizeof(Bits) - 1; bit >= 0 && at_least != params.keep; --bit) {
+    int at_least = seen;
+    for (int bit = 8 * sizeof(Bits) - 1; bit >= 0 && at_least > params.keep; --bit) {
       const Score candidate = worst | Score{1} << bit;
       const int count = count_from(candidate);
       if (count < params.keep) continue;
@@ -76,12 +76,12 @@ struct SelectKeys {
     int oldest = 0;  // of the equal ones that are taken
     if (worst == kNoKey)
       worst = 1;  // fewer than w
-    else if (at_least != params.keep)
+    else if (at_least > params.keep)
       oldest = find_oldest(worst, params.keep - count_from(worst + 1), seen, rank, sums);
 
     auto* selected = params.selected.row(b, h, q);
     for (i64 k = t; k < keys; k += kThreads) {
-      const Score own = rank(k);
+      const Score own = k < seen ? rank(k) : kNoKey;
       selected[k * params.selected.key] = own > worst || (own == worst && k >= oldest);
     }
   }
