@@ -1,0 +1,615 @@
+// The backward pass on mma.sync: a block has one tile of keys of the list of a run of query positions, and goes over
+// the run's rows, a tile at a time. Scores are transposed, keys x rows: a key's bias, its test and its bias gradient
+// belong to a row of the accumulators, and P^T and dS^T are operands of dV += P^T dO and dK += dS^T Q as they are.
+//     P = exp(S - lse),  dP = dO V^T,  dS = P (dP - delta),  dBias += dS,  dQ += dS K
+#pragma once
+#include "ptx/block.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/number.cuh"
+#include "ptx/warp.cuh"
+#include "sm80/backward_params.cuh"
+#include "sm80/softmax.cuh"
+#include "sm80/tiles.cuh"
+
+namespace flash_dmattn::cuda {
+
+template <BackwardOptions kOptions>
+struct Backward {
+  static constexpr BackwardConfig kConfig = backward_config(kOptions.arch, kOptions.head_dim);
+  static constexpr int kThreads = kConfig.threads(), kBlocksPerMultiprocessor = 1;
+  using Params = BackwardParams;
+
+  static void run(const Params& params, char* memory) {
+    Backward block(params, *reinterpret_cast<Shared*>(memory));
+    if (block.find_work()) block.differentiate();
+  }
+
+ private:
+  static constexpr int kKeys = kConfig.keys, kRows = kConfig.rows, kStages = kConfig.stages, kSplit = kConfig.split;
+  static constexpr int kPitch = tile_pitch(kOptions.head_dim), kScorePitch = tile_pitch(kRows);
+  static constexpr int kKeyGroups = kKeys / 16;
+  static constexpr int kPartRows = kRows / kSplit, kColumnTiles = kPartRows / 8;  // of a warp's scores
+  static constexpr int kPairs = kConfig.pairs(), kOwnPairs = divide_up(kPairs, kSplit);
+  static constexpr int kDim = kConfig.padded_dim();
+  static constexpr bool kDelayed = kConfig.dq_stages == 2;
+  using T = typename TypeOf<kOptions.number>::type;
+  using Scores = float[kColumnTiles][4];
+  using Sums = float[2 * kOwnPairs][4];
+  using RowTile = Tile<kRows, kOptions.head_dim>;
+  using KeyTile = Tile<kKeys, kOptions.head_dim>;
+  using ScoreTile = Tile<kKeys, kRows>;
+
+  /// The picture of shared memory.
+  struct Shared {
+    KeyTile key, value;
+    RowTile query[kStages], grad_out[kStages];
+    ScoreTile grad_score[kConfig.dq_stages + (kSplit > 1 ? 1 : 0)];
+    ScoreTile& probability() { return grad_score[kConfig.dq_stages]; }  // kSplit > 1
+    BackwardNumbers<kKeys, kRows, kStages> numbers;
+  };
+  static_assert(sizeof(Shared) <= kConfig.shared_bytes && kConfig.shared_bytes <= shared_capacity(kOptions.arch));
+
+  const Params& params;
+  Shared& shared;
+  BackwardNumbers<kKeys, kRows, kStages>& numbers;
+  const int thread, lane, warp;
+  const int warp_key;   // first of the warp's 16 keys
+  const int warp_part;  // which part of the rows and columns it has
+  int b, unit, run_index, kv_head;
+  int first_query, rows;  // of the run
+  int tile;               // of keys
+  KeyList list;
+  i64 row_tiles;  // of all runs before this one
+  Sums grad_key, grad_value;
+  float bias_sum[2];  // of the thread's two keys
+
+  Backward(const Params& given, Shared& memory)
+      : params(given),
+        shared(memory),
+        numbers(memory.numbers),
+        thread(thread_index()),
+        lane(thread % kWarp),
+        warp(thread / kWarp),
+        warp_key(warp % kKeyGroups * 16),
+        warp_part(warp / kKeyGroups) {}
+
+  // ---- which tile of which list
+
+  struct Entry {
+    int b, unit, run;
+  };
+  int entries() const { return params.part.batches * params.part.units * params.plan.runs; }
+  Entry entry(int index) const {  // the last runs, which see the most keys, come first
+    const Part& part = params.part;
+    return {part.first_batch + index / part.units % part.batches, part.first_unit + index % part.units * part.unit_step,
+            params.plan.runs - 1 - index / part.units / part.batches};
+  }
+  int tiles_of(const Entry& of) const {
+    return divide_up(params.plan.list(params.shape, of.b, of.unit, of.run).count, kKeys);
+  }
+
+  /// Blocks go over the tiles of a group of lists, all first tiles first: so those that add to the same rows of dQ work
+  /// at different times.
+  bool find_work() {
+    int number = block_index();
+    if constexpr (kOptions.deterministic) {
+      // Blocks may start in any order, but none may wait for one that has not started.
+      if (thread == 0) numbers.ticket = fetch_add(params.ticket, 1);
+      sync_block();
+      number = numbers.ticket;
+    }
+    const int group_size = params.key_tiles * params.group, group = number / group_size;
+    const int within = number % group_size, index = group * params.group + within % params.group;
+    tile = within / params.group;
+    if (index >= entries()) return false;
+    const Entry found = entry(index);
+    b = found.b, unit = found.unit, run_index = found.run;
+    list = params.plan.list(params.shape, b, unit, run_index);
+    if (static_cast<i64>(tile) * kKeys >= list.count) return false;
+    kv_head = params.shape.kv_head(unit);
+    first_query = run_index * params.plan.run;
+    rows = least(params.plan.run, params.shape.query_len - first_query) * params.shape.pack;
+    const i64 run_rows = static_cast<i64>(params.plan.run) * params.shape.pack;
+    row_tiles =
+        ((static_cast<i64>(b) * params.shape.units() + unit) * params.plan.runs + run_index) * (run_rows / kRows);
+    if constexpr (kOptions.deterministic) {
+      if (warp == 0) count_turns(index);
+    }
+    return true;
+  }
+
+  /// Deterministic: how many blocks add to this KV head's sums before this one.
+  void count_turns(int index) {
+    const int group = index / params.group;
+    int before = 0;
+    for (int i = lane; i < entries(); i += kWarp) {
+      const Entry other = entry(i);
+      if (other.b != b || params.shape.kv_head(other.unit) != kv_head) continue;
+      const int its_group = i / params.group, its_tiles = tiles_of(other);
+      if (its_group > group) continue;
+      if (!params.plan.lists)
+        before += i < index && its_tiles > tile;
+      else
+        before += its_group < group ? its_tiles : least(its_tiles, tile + (i < index));
+    }
+    for (int mask = 16; mask > 0; mask /= 2) before += shuffle_xor(before, mask);
+    if (lane == 0) numbers.turn = before;
+  }
+  int* key_turn() const {
+    const i64 head = static_cast<i64>(b) * params.shape.kv_heads + kv_head;
+    return params.key_turn + (params.plan.lists ? head : head * params.key_tiles + tile);
+  }
+  static void wait_for(const int* turn, int value) {
+    while (load_acquired(turn) != value) {
+    }
+  }
+
+  // ---- rows of the run
+
+  struct Row {
+    int query, head;  // head: of the unit
+  };
+  Row row_at(int row) const {
+    const int position = static_cast<int>(static_cast<u32>(row) * params.inverse_pack >> 20);
+    return {position, row - position * params.shape.pack};
+  }
+
+  void copy_row_tile(const Rows& from, RowTile& to, int row_tile) {
+    const u16* const base = from.at<u16>(b, first_query, unit * params.shape.pack);
+    copy_rows<kThreads>(to, thread, [&](int row, int column) {
+      const int r = row_tile * kRows + row;
+      const Row at = row_at(r);
+      return Source{base + (r < rows ? at.query * from.position + at.head * from.head + column : 0), r < rows};
+    });
+  }
+  /// Starts copying what belongs to a tile of rows.
+  void copy_rows_of(int row_tile, int stage) {
+    copy_row_tile(params.query, shared.query[stage], row_tile);
+    copy_row_tile(params.grad_out, shared.grad_out[stage], row_tile);
+    const i64 first = (row_tiles + row_tile) * kRows;
+    constexpr int kCopies = kRows / 4;
+    if (thread < 2 * kCopies) {
+      const int i = thread % kCopies * 4;
+      thread < kCopies ? copy_async_16(numbers.lse[stage] + i, params.lse + first + i, true)
+                       : copy_async_16(numbers.delta[stage] + i, params.delta + first + i, true);
+    }
+    commit_copies();
+  }
+
+  // ---- keys of the tile
+
+  float scaled_bias(float x) const {
+    const float scaled = maximum(minimum(x * params.logits.bias_factor, kLargestBias), -kLargestBias);
+    return x == -kInfinity ? x : scaled * params.logits.factor;
+  }
+  float bias_at(i64 offset) const {
+    return params.bias.is_float32 ? static_cast<const float*>(params.bias.data)[offset]
+                                  : to_float(static_cast<const T*>(params.bias.data)[offset]);
+  }
+
+  void read_keys() {
+    const Plan& plan = params.plan;
+    for (int i = thread; i < kKeys; i += kThreads) {
+      const int index = tile * kKeys + i;
+      const bool exists = index < list.count;
+      const int position = exists ? plan.key(list, index) : 0;
+      numbers.position[i] = exists ? position : -1;
+      float bias = 0;
+      if constexpr (kOptions.bias == BiasKind::per_key)
+        bias = scaled_bias(bias_at(params.bias.offset(b, unit * params.shape.pack, 0, position)));
+      numbers.bias[i] = exists ? bias : -kInfinity;
+      if constexpr (kOptions.test == Test::interval) {
+        Interval seen{0, 0};
+        if (exists) seen = index < list.full ? Interval{kSmallest, kLargest} : plan.interval(b, unit, position);
+        const i64 first = static_cast<i64>(first_query) + params.shape.first_position();
+        const int pack = params.shape.pack;
+        const auto row_of = [&](int p) {
+          return static_cast<int>(most<i64>(0, least<i64>(p - first, rows / pack))) * pack;
+        };
+        numbers.start[i] = exists ? row_of(seen.start) : 0;
+        numbers.end[i] = exists ? row_of(seen.end) : 0;
+      }
+    }
+    sync_block();
+    const auto copy = [&](const Rows& from, KeyTile& to) {
+      const u16* const base = from.at<u16>(b, 0, kv_head);
+      copy_rows<kThreads>(to, thread, [&](int row, int column) {
+        const int position = numbers.position[row];
+        return Source{base + most(position, 0) * from.position + column, position >= 0};
+      });
+    };
+    copy(params.key, shared.key);
+    copy(params.value, shared.value);
+    zero_padding<kThreads>(shared.key, thread);
+    zero_padding<kThreads>(shared.value, thread);
+    for (int stage = 0; stage < kStages; ++stage) {
+      zero_padding<kThreads>(shared.query[stage], thread);
+      zero_padding<kThreads>(shared.grad_out[stage], thread);
+    }
+  }
+
+  /// Test::bits: bit i says whether the position row_at(row_tile * kRows).query + i sees the key.
+  u64 bits_of_key(int key, int row_tile) const {
+    const int index = tile * kKeys + key;
+    if (index >= list.count) return 0;
+    if (index < list.full) return ~u64{0};
+    const int words = params.plan.words, first = row_at(row_tile * kRows).query, word = first / 32;
+    const u32* const bits = params.plan.bits + (list.offset + index) * words;
+    const u64 high = word + 1 < words ? bits[word + 1] : 0;
+    return (high << 32 | bits[word]) >> first % 32;
+  }
+
+  /// Which tiles of rows any key sees, and whether every row sees every key.
+  void find_row_tiles() {
+    const int count = divide_up(rows, kRows);
+    for (int t = warp; t < count; t += kThreads / kWarp) {
+      const int first = t * kRows, last = least(first + kRows, rows);
+      bool any = false, all = true;
+      for (int i = lane; i < kKeys; i += kWarp) {
+        if constexpr (kOptions.test == Test::interval) {
+          any |= numbers.start[i] < last && numbers.end[i] > first && numbers.start[i] < numbers.end[i];
+          all &= numbers.start[i] <= first && numbers.end[i] >= last;
+        } else {
+          const u64 everyone = ~u64{0} >> (63 - (row_at(last - 1).query - row_at(first).query));
+          const u64 seen = bits_of_key(i, t) & everyone;
+          any |= seen != 0;
+          all &= seen == everyone;
+        }
+      }
+      const u32 someone = ballot(any), everyone = ballot(all);
+      if (lane == 0) numbers.seen[t] = someone == 0 ? 0 : everyone == ~0u ? 1 : 2;
+    }
+    sync_block();
+    if (warp == 0) {
+      int found = 0;
+      for (int t = lane; t - lane < count; t += kWarp) {
+        const int seen = t < count ? numbers.seen[t] : 0;
+        const u32 some = ballot(seen != 0);
+        if (seen != 0)
+          numbers.tiles[found + count_ones(some & ((1u << lane) - 1))] = static_cast<u16>(t | (seen - 1) << 15);
+        found += count_ones(some);
+      }
+      if (lane == 0) numbers.tile_count = found;
+    }
+    sync_block();
+  }
+  int row_tile(int i) const { return numbers.tiles[i] & 0x7fff; }
+  bool is_tested(int i) const { return numbers.tiles[i] >> 15 != 0; }
+
+  // ---- products of a warp
+
+  /// 16 keys x the warp's rows, over the head dim.
+  static void multiply(Scores& c, const u16* keys, const u16* row_columns) {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) c[n][0] = c[n][1] = c[n][2] = c[n][3] = 0;
+#pragma unroll
+    for (int d = 0; d < kDim; d += 16) {
+      u32 a[4];
+      load_matrices(a, keys + d);
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; n += 2) {
+        u32 x[4];
+        load_matrices(x, row_columns + n * 8 * kPitch + d);
+        mma<T>(c[n], a, x[0], x[1]);
+        mma<T>(c[n + 1], a, x[2], x[3]);
+      }
+    }
+  }
+  /// 16 keys x the warp's columns, over 16 rows.
+  void add_rows(Sums& sums, const u32 (&a)[4], const u16* row_columns) const {
+#pragma unroll
+    for (int pair = 0; pair < kOwnPairs; ++pair)
+      if (kPairs % kSplit == 0 || warp_part * kOwnPairs + pair < kPairs) {
+        u32 x[4];
+        load_matrices_transposed(x, row_columns + pair * 16);
+        mma<T>(sums[2 * pair], a, x[0], x[1]);
+        mma<T>(sums[2 * pair + 1], a, x[2], x[3]);
+      }
+  }
+  /// A warp that has all rows of its 16 keys has them as an operand, too.
+  void add_own(Sums& sums, const Scores& scores, const u16* row_columns) const {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; n += 2) {
+      const u32 a[4] = {pack<T>(scores[n][0], scores[n][1]), pack<T>(scores[n][2], scores[n][3]),
+                        pack<T>(scores[n + 1][0], scores[n + 1][1]), pack<T>(scores[n + 1][2], scores[n + 1][3])};
+      add_rows(sums, a, row_columns + n * 8 * kPitch);
+    }
+  }
+  void add_shared(Sums& sums, ScoreTile& scores, const u16* row_columns) const {
+    const u16* const keys = rows_operand(scores, warp_key, lane);
+#pragma unroll
+    for (int row = 0; row < kRows; row += 16) {
+      u32 a[4];
+      load_matrices(a, keys + row);
+      add_rows(sums, a, row_columns + row * kPitch);
+    }
+  }
+  void store(ScoreTile& to, const Scores& scores) const {
+    u16* const at = to.at(warp_key + lane / 4, warp_part * kPartRows + lane % 4 * 2);
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<u32*>(at + half * 8 * kScorePitch + n * 8) =
+            pack<T>(scores[n][2 * half], scores[n][2 * half + 1]);
+  }
+
+  // ---- scores of a tile
+
+  /// use(n, i, row, half) for each of the thread's scores: accumulator [n][i], row of the run, which of its two keys.
+  template <class Use>
+  void each_score(int row_tile, const Use& use) const {
+    const int first = row_tile * kRows + warp_part * kPartRows + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) use(n, i, first + 8 * n + i % 2, i / 2);
+  }
+  int key_of(int half) const { return warp_key + lane / 4 + 8 * half; }
+
+  /// Where the values of a full bias, or of its gradient, stand: of_row(row) + of_key(position).
+  template <class AnyBias>
+  struct BiasOffsets {
+    i64 base, query, head;
+
+    BiasOffsets(const AnyBias& bias, const Backward& block)
+        : base(bias.offset(block.b, block.unit * block.params.shape.pack, block.first_query, 0)),
+          query(bias.query),
+          head(bias.heads_per_head == 1 ? bias.head : 0) {}
+    i64 of_row(const Row& row) const { return base + row.query * query + row.head * head; }
+  };
+
+  /// From products to probabilities; with softcap also its derivative, in 16 bits.
+  void exponentiate(Scores& s, u32 (&slope)[kColumnTiles][2], int stage, int row_tile, bool is_tested) {
+    const float* const lse = numbers.lse[stage] + warp_part * kPartRows + lane % 4 * 2;
+    const float bias[2] = {numbers.bias[key_of(0)], numbers.bias[key_of(1)]};
+    if constexpr (kOptions.softcap) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n) {
+        float t[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          t[i] = multiply_add(-2, fast_reciprocal(1 + fast_exp2(s[n][i] * params.logits.inner)), 1);
+          s[n][i] = t[i] * params.logits.cap;
+          t[i] = multiply_add(-t[i], t[i], 1);
+        }
+        slope[n][0] = pack<float16>(t[0], t[1]), slope[n][1] = pack<float16>(t[2], t[3]);
+      }
+    }
+    if constexpr (kOptions.bias == BiasKind::full) {
+      const BiasOffsets offsets(params.bias, *this);
+      const i64 of_key[2] = {most(numbers.position[key_of(0)], 0) * params.bias.key,
+                             most(numbers.position[key_of(1)], 0) * params.bias.key};
+      each_score(row_tile, [&](int n, int i, int row, int half) {
+        const float x = scaled_bias(bias_at(offsets.of_row(row_at(least(row, rows - 1))) + of_key[half]));
+        s[n][i] = multiply_add(s[n][i], params.factor, x + bias[half]);
+      });
+    }
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float of_row = lse[8 * n + i % 2];
+        if constexpr (kOptions.bias == BiasKind::none) {
+          s[n][i] = fast_exp2(multiply_add(s[n][i], params.factor, -of_row));
+        } else {
+          const float logit =
+              kOptions.bias == BiasKind::full ? s[n][i] : multiply_add(s[n][i], params.factor, bias[i / 2]);
+          // Of huge logits the difference to lse is rounding.
+          s[n][i] = fast_exp2(minimum(logit - of_row, 0.0f));
+        }
+      }
+    if (!is_tested) return;
+    if constexpr (kOptions.test == Test::interval) {
+      const int start[2] = {numbers.start[key_of(0)], numbers.start[key_of(1)]};
+      const int end[2] = {numbers.end[key_of(0)], numbers.end[key_of(1)]};
+      each_score(row_tile, [&](int n, int i, int row, int half) {
+        if (row < start[half] || row >= end[half]) s[n][i] = 0;
+      });
+    } else {
+      const u64 bits[2] = {bits_of_key(key_of(0), row_tile), bits_of_key(key_of(1), row_tile)};
+      const int first = row_at(row_tile * kRows).query;
+      each_score(row_tile, [&](int n, int i, int row, int half) {
+        if ((bits[half] >> (row_at(row).query - first) & 1) == 0) s[n][i] = 0;
+      });
+    }
+  }
+
+  /// From dP to dS.
+  void differentiate_softmax(Scores& ds, const Scores& p, const u32 (&slope)[kColumnTiles][2], int stage,
+                             int row_tile) {
+    const float* const delta = numbers.delta[stage] + warp_part * kPartRows + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - delta[8 * n + i % 2]);
+    if constexpr (kOptions.bias == BiasKind::per_key) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bias_sum[i / 2] += ds[n][i];
+    }
+    if constexpr (kOptions.bias == BiasKind::full) {
+      if (params.grad_bias.data) {
+        const BiasOffsets offsets(params.grad_bias, *this);
+        const i64 of_key[2] = {numbers.position[key_of(0)] * params.grad_bias.key,
+                               numbers.position[key_of(1)] * params.grad_bias.key};
+        each_score(row_tile, [&](int n, int i, int row, int half) {
+          if (p[n][i] != 0) add_to(params.grad_bias.data + offsets.of_row(row_at(row)) + of_key[half], ds[n][i]);
+        });
+      }
+    }
+    if constexpr (kOptions.softcap) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ds[n][i] *= to_float(float16{static_cast<u16>(slope[n][i / 2] >> i % 2 * 16)});
+    }
+  }
+
+  // ---- dQ
+
+  /// Adds the product of dS and the keys to dQ.
+  void add_query_gradient(ScoreTile& grad_score, int row_tile) {
+    constexpr int kGroups = kConfig.column_groups(), kM = kConfig.dq_row_tiles(), kN = kConfig.dq_pairs();
+    const int first_row = warp / kGroups * kM * 16, first_pair = warp % kGroups * kN;
+    const u16* const scores = grad_score.at(lane % 8 + lane / 16 * 8, first_row + lane / 8 % 2 * 8);
+    const u16* const keys = transposed_operand(shared.key, lane) + first_pair * 16;
+    float sums[kM][2 * kN][4] = {};
+#pragma unroll
+    for (int key = 0; key < kKeys; key += 16) {
+      u32 a[kM][4];
+#pragma unroll
+      for (int m = 0; m < kM; ++m) load_matrices_transposed(a[m], scores + key * kScorePitch + m * 16);
+#pragma unroll
+      for (int pair = 0; pair < kN; ++pair)
+        if (kPairs % kGroups == 0 || first_pair + pair < kPairs) {
+          u32 x[4];
+          load_matrices_transposed(x, keys + key * kPitch + pair * 16);
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+            mma<T>(sums[m][2 * pair], a[m], x[0], x[1]);
+            mma<T>(sums[m][2 * pair + 1], a[m], x[2], x[3]);
+          }
+        }
+    }
+    float* const to = params.grad_query + (row_tiles + row_tile) * kConfig.dq_size() +
+                      (warp * kConfig.dq_blocks() * kWarp + lane) * 4;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < 2 * kN; ++n)
+        if (kPairs % kGroups == 0 || first_pair + n / 2 < kPairs) {
+          const float (&x)[4] = sums[m][n];
+          add_to(to + (m * 2 * kN + n) * kWarp * 4, x[0], x[1], x[2], x[3]);
+        }
+  }
+
+  // Deterministic: tiles of keys add to a tile of dQ in their order.
+  void wait_for_rows(int row_tile) const {
+    if (kOptions.deterministic && thread == 0) wait_for(params.query_turn + row_tiles + row_tile, tile);
+  }
+  void pass_rows(int row_tile) const {
+    if (kOptions.deterministic && thread == 0) add_released(params.query_turn + row_tiles + row_tile, 1);
+  }
+
+  // ---- the block
+
+  void differentiate() {
+    read_keys();
+    find_row_tiles();
+    const int count = numbers.tile_count;
+    if (count > 0) copy_rows_of(row_tile(0), 0);
+#pragma unroll
+    for (int n = 0; n < 2 * kOwnPairs; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) grad_key[n][i] = grad_value[n][i] = 0;
+    bias_sum[0] = bias_sum[1] = 0;
+
+    constexpr int kDelay = kDelayed ? 1 : 0;  // dQ of a tile is added in the next one's turn
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int stage = i % kStages;
+      wait_copies<0>();
+      if (kDelayed && i > 0) wait_for_rows(row_tile(i - 1));
+      sync_block();
+      if (i > kDelay) pass_rows(row_tile(i - 1 - kDelay));
+      if (kStages > 1 && i + 1 < count) copy_rows_of(row_tile(i + 1), (i + 1) % kStages);
+      if (kDelayed && i > 0) add_query_gradient(shared.grad_score[(i - 1) % kConfig.dq_stages], row_tile(i - 1));
+      work_at(row_tile(i), is_tested(i), stage, shared.grad_score[i % kConfig.dq_stages]);
+      if (!kDelayed) {
+        wait_for_rows(row_tile(i));
+        sync_block();
+        add_query_gradient(shared.grad_score[0], row_tile(i));
+      }
+      if (kStages == 1 && i + 1 < count) {
+        sync_block();
+        copy_rows_of(row_tile(i + 1), 0);
+      }
+    }
+    wait_copies<0>();
+    if (kDelayed && count > 0) {
+      wait_for_rows(row_tile(count - 1));
+      sync_block();
+      if (count > 1) pass_rows(row_tile(count - 2));
+      add_query_gradient(shared.grad_score[(count - 1) % kConfig.dq_stages], row_tile(count - 1));
+    }
+    add_key_gradients(count);
+  }
+
+  /// One tile of rows: everything but dQ, for which dS stays in shared memory.
+  void work_at(int row_tile, bool is_tested, int stage, ScoreTile& grad_score) {
+    const int part_row = warp_part * kPartRows, part_column = warp_part * kOwnPairs * 16;
+    Scores p, ds;
+    u32 slope[kColumnTiles][2];
+    multiply(p, rows_operand(shared.key, warp_key, lane),
+             columns_operand(shared.query[stage], lane) + part_row * kPitch);
+    exponentiate(p, slope, stage, row_tile, is_tested);
+    const u16* const grad_out = transposed_operand(shared.grad_out[stage], lane) + part_column;
+    const u16* const query = transposed_operand(shared.query[stage], lane) + part_column;
+    if constexpr (kSplit == 1) add_own(grad_value, p, grad_out);
+    multiply(ds, rows_operand(shared.value, warp_key, lane),
+             columns_operand(shared.grad_out[stage], lane) + part_row * kPitch);
+    differentiate_softmax(ds, p, slope, stage, row_tile);
+    store(grad_score, ds);
+    if constexpr (kSplit == 1) {
+      add_own(grad_key, ds, query);
+    } else {
+      store(shared.probability(), p);
+      sync_threads(1 + warp % kKeyGroups, kSplit * kWarp);
+      add_shared(grad_value, shared.probability(), grad_out);
+      add_shared(grad_key, grad_score, query);
+    }
+  }
+
+  void add_key_gradients(int count) {
+    const bool with_bias = kOptions.bias == BiasKind::per_key && params.grad_key_bias;
+    if (with_bias) {
+      const float sums[2] = {quad_sum(bias_sum[0]), quad_sum(bias_sum[1])};
+      if (lane % 4 == 0)
+        numbers.bias_sum[warp_part][key_of(0)] = sums[0], numbers.bias_sum[warp_part][key_of(1)] = sums[1];
+    }
+    if (kOptions.deterministic && thread == 0) wait_for(key_turn(), numbers.turn);
+    if (with_bias || kOptions.deterministic) sync_block();
+    if (kOptions.deterministic && count > 0) pass_rows(row_tile(count - 1));
+    if (count > 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int position = numbers.position[key_of(half)];
+        if (position < 0) continue;
+        const i64 row =
+            ((static_cast<i64>(b) * params.shape.key_len + position) * params.shape.kv_heads + kv_head) * kDim +
+            warp_part * kOwnPairs * 16 + lane % 4 * 4;
+#pragma unroll
+        for (int pair = 0; pair < kOwnPairs; ++pair)
+          if (kPairs % kSplit == 0 || warp_part * kOwnPairs + pair < kPairs) {
+            const auto add = [&](float* to, const Sums& x) {
+              add_to(to + row + pair * 16, x[2 * pair][2 * half], x[2 * pair][2 * half + 1], x[2 * pair + 1][2 * half],
+                     x[2 * pair + 1][2 * half + 1]);
+            };
+            add(params.grad_key, grad_key);
+            add(params.grad_value, grad_value);
+          }
+      }
+      if (with_bias && thread < kKeys && numbers.position[thread] >= 0) {
+        float sum = 0;
+        for (int part = 0; part < kSplit; ++part) sum += numbers.bias_sum[part][thread];
+        add_to(params.grad_key_bias + (static_cast<i64>(b) * params.shape.units() + unit) * params.shape.key_len +
+                   numbers.position[thread],
+               sum);
+      }
+    }
+    if constexpr (kOptions.deterministic) {
+      sync_block();
+      if (thread == 0) add_released(key_turn(), 1);
+      for (int t = thread; t < divide_up(rows, kRows); t += kThreads)
+        if (numbers.seen[t] == 0) {
+          wait_for(params.query_turn + row_tiles + t, tile);
+          add_released(params.query_turn + row_tiles + t, 1);
+        }
+    }
+  }
+};
+
+}  // namespace flash_dmattn::cuda

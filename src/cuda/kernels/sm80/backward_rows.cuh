@@ -1,0 +1,198 @@
+// Before and after the backward pass: what it needs to know of each row, and the way of its float32 sums to the
+// outputs.
+#pragma once
+#include "ptx/block.cuh"
+#include "ptx/number.cuh"
+#include "ptx/warp.cuh"
+#include "sm80/backward_params.cuh"
+#include "sm80/tiles.cuh"
+
+namespace flash_dmattn::cuda {
+
+struct alignas(16) Floats {
+  float x[4];
+};
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+/// delta = sum(out * dO) - dLse and lse in base 2, in the order in which tiles hold the rows. A few neighbouring
+/// threads have a row.
+template <Number kNumber>
+struct BackwardRows {
+  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
+  using Params = BackwardRowsParams;
+  using T = typename TypeOf<kNumber>::type;
+
+  static void run(const Params& params, char*) {
+    const Shape& shape = params.shape;
+    const int lanes = lanes_of_row(shape.head_dim), lane = thread_index() % lanes;
+    const i64 row = static_cast<i64>(block_index()) * (kThreads / lanes) + thread_index() / lanes;
+    const i64 of_unit = static_cast<i64>(params.runs) * params.run * shape.pack;
+    const i64 unit_row = row / of_unit;  // of all batches
+    const int b = static_cast<int>(unit_row / shape.units()), unit = static_cast<int>(unit_row % shape.units());
+    const i64 within = row % of_unit;
+    const int query = static_cast<int>(within / shape.pack),
+              head = unit * shape.pack + static_cast<int>(within % shape.pack);
+    const bool exists = b < shape.batch && query < shape.query_len;
+    float sum = 0;
+    if (exists) {
+      const T* const out = params.out.template at<T>(b, query, head);
+      const T* const grad_out = params.grad_out.template at<T>(b, query, head);
+      for (int d = lane * kChunk; d < shape.head_dim; d += lanes * kChunk) {
+        const Chunk x = *reinterpret_cast<const Chunk*>(out + d), y = *reinterpret_cast<const Chunk*>(grad_out + d);
+        for (int i = 0; i < kChunk; ++i) sum += number(x, i) * number(y, i);
+      }
+    }
+    for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    if (lane != 0 || b >= shape.batch) return;
+    float lse = -kInfinity;
+    if (exists) {
+      lse = *params.lse.at(b, head, query);
+      if (params.grad_lse.data) sum -= *params.grad_lse.at(b, head, query);
+    }
+    params.base_2_lse[row] = lse == -kInfinity ? kInfinity : lse * kLog2E;
+    params.delta[row] = lse == -kInfinity ? 0.0f : sum;
+  }
+
+ private:
+  static float number(const Chunk& chunk, int i) {
+    return to_float(T{static_cast<u16>(chunk.words[i / 2] >> i % 2 * 16)});
+  }
+};
+
+/// dQ, whose sums stand as the threads of Backward held them: a block restores one tile of rows.
+template <QueryGradientOptions kOptions>
+struct WriteQueryGradient {
+  static constexpr BackwardConfig kConfig = backward_config(kOptions.arch, kOptions.head_dim);
+  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 2;
+  using Params = QueryGradientParams;
+  using T = typename TypeOf<kOptions.number>::type;
+  using Rows16 = Tile<kConfig.rows, kConfig.padded_dim()>;
+  static_assert(sizeof(Rows16) == query_gradient_shared_bytes(kOptions.arch, kOptions.head_dim));
+
+  static void run(const Params& params, char* shared) {
+    Rows16& tile = *reinterpret_cast<Rows16*>(shared);
+    const float* const sums = params.sums + static_cast<i64>(block_index()) * kConfig.dq_size();
+    constexpr int kGroups = kConfig.column_groups(), kBlocks = kConfig.dq_blocks(), kN = kConfig.dq_pairs();
+    for (int i = thread_index(); i < kConfig.dq_size() / 4; i += kThreads) {
+      const int lane = i % kWarp, block = i / kWarp % kBlocks, warp = i / kWarp / kBlocks;
+      const int row = (warp / kGroups * kConfig.dq_row_tiles() + block / (2 * kN)) * 16 + lane / 4;
+      const int column = (warp % kGroups * kN * 2 + block % (2 * kN)) * 8 + lane % 4 * 2;
+      if (column >= kConfig.padded_dim()) continue;
+      const Floats sum = reinterpret_cast<const Floats*>(sums)[i];
+      *reinterpret_cast<u32*>(tile.at(row, column)) = pack<T>(sum.x[0] * params.scale, sum.x[1] * params.scale);
+      *reinterpret_cast<u32*>(tile.at(row + 8, column)) = pack<T>(sum.x[2] * params.scale, sum.x[3] * params.scale);
+    }
+    sync_block();
+    const Shape& shape = params.shape;
+    const int row_tiles = params.run * shape.pack / kConfig.rows;
+    const i64 list = block_index() / row_tiles;
+    const int run = static_cast<int>(list % params.runs), unit = static_cast<int>(list / params.runs % shape.units());
+    const int b = static_cast<int>(list / params.runs / shape.units());
+    constexpr int kChunks = kOptions.head_dim / kChunk;
+    for (int i = thread_index(); i < kConfig.rows * kChunks; i += kThreads) {
+      const int row = i / kChunks, column = i % kChunks * kChunk;
+      const int r = block_index() % row_tiles * kConfig.rows + row, query = run * params.run + r / shape.pack;
+      if (query >= shape.query_len) continue;
+      T* const out = params.out.template at<T>(b, query, unit * shape.pack + r % shape.pack);
+      *reinterpret_cast<Chunk*>(out + column) = *reinterpret_cast<const Chunk*>(tile.at(row, column));
+    }
+  }
+};
+
+/// dK and dV: a thread has 16 columns of both.
+template <Number kNumber>
+struct WriteKeyGradients {
+  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
+  using Params = KeyGradientsParams;
+  using T = typename TypeOf<kNumber>::type;
+
+  static void run(const Params& params, char*) {
+    const Shape& shape = params.shape;
+    const int groups = params.padded_dim / 16;
+    const i64 index = static_cast<i64>(block_index()) * kThreads + thread_index(), row = index / groups;
+    const int column = static_cast<int>(index % groups) * 16;
+    const int head = static_cast<int>(row % shape.kv_heads);
+    const int key = static_cast<int>(row / shape.kv_heads % shape.key_len);
+    const int b = static_cast<int>(row / shape.kv_heads / shape.key_len);
+    if (b >= shape.batch) return;
+    const auto write = [&](const float* sums, const Rows& out, float scale) {
+      Chunk chunks[2];
+      for (int i = 0; i < 4; ++i) {
+        const Floats sum = reinterpret_cast<const Floats*>(sums + index * 16)[i];
+        for (int j = 0; j < 2; ++j) chunks[j].words[i] = pack<T>(sum.x[2 * j] * scale, sum.x[2 * j + 1] * scale);
+      }
+      T* const row = out.template at<T>(b, key, head) + column;
+      for (int j = 0; j < 2; ++j)
+        if (column + j * kChunk < shape.head_dim) reinterpret_cast<Chunk*>(row)[j] = chunks[j];
+    };
+    write(params.grad_key, params.key_out, params.scale);
+    write(params.grad_value, params.value_out, 1);
+  }
+};
+
+template <Number kNumber>
+void write_number(void* out, i64 offset, bool is_float32, float x) {
+  if (is_float32)
+    static_cast<float*>(out)[offset] = x;
+  else
+    static_cast<typename TypeOf<kNumber>::type*>(out)[offset] = from_float<typename TypeOf<kNumber>::type>(x);
+}
+
+/// A bias gradient from sums for each batch and head.
+template <Number kNumber>
+struct WriteBiasGradient {
+  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
+  using Params = BiasGradientParams;
+
+  static void run(const Params& params, char*) {
+    i64 index = static_cast<i64>(block_index()) * kThreads + thread_index();
+    const i64 k = index % params.size[3];
+    index /= params.size[3];
+    const i64 q = index % params.size[2];
+    index /= params.size[2];
+    const i64 h = index % params.size[1], b = index / params.size[1];
+    if (b >= params.size[0]) return;
+    const float* const sums = params.sums + b * params.batches * params.sums_batch +
+                              h * params.heads * params.sums_head + q * params.sums_query + k * params.sums_key;
+    float sum = 0;
+    for (int i = 0; i < params.batches; ++i)
+      for (int j = 0; j < params.heads; ++j) sum += sums[i * params.sums_batch + j * params.sums_head];
+    write_number<kNumber>(params.out,
+                          b * params.stride[0] + h * params.stride[1] + q * params.stride[2] + k * params.stride[3],
+                          params.is_float32, sum);
+  }
+};
+
+/// A block has one element.
+template <Number kNumber>
+struct WriteRowBiasGradient {
+  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
+  using Params = RowBiasGradientParams;
+
+  static void run(const Params& params, char* memory) {
+    const Shape& shape = params.shape;
+    const int oq = block_index() % params.size[2], oh = block_index() / params.size[2] % params.size[1];
+    const int ob = block_index() / params.size[2] / params.size[1];
+    const int batches = shape.batch / params.size[0], heads = shape.heads / params.size[1],
+              queries = shape.query_len / params.size[2];
+    float sum = 0;
+    if (params.grad_lse.data)
+      for (i64 i = thread_index(); i < static_cast<i64>(batches) * heads * queries; i += kThreads) {
+        const int b = ob * batches + static_cast<int>(i / queries / heads),
+                  h = oh * heads + static_cast<int>(i / queries % heads);
+        const int q = oq * queries + static_cast<int>(i % queries);
+        if (*params.lse.at(b, h, q) != -kInfinity) sum += *params.grad_lse.at(b, h, q);
+      }
+    for (int mask = 16; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    float* const sums = reinterpret_cast<float*>(memory);
+    if (thread_index() % kWarp == 0) sums[thread_index() / kWarp] = sum;
+    sync_block();
+    if (thread_index() != 0) return;
+    for (int warp = 1; warp < kThreads / kWarp; ++warp) sum += sums[warp];
+    write_number<kNumber>(params.out, ob * params.stride[0] + oh * params.stride[1] + oq * params.stride[2],
+                          params.is_float32, sum);
+  }
+};
+
+}  // namespace flash_dmattn::cuda

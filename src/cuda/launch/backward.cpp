@@ -1,0 +1,316 @@
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "core/check.h"
+#include "cuda/launch/kernel_list.h"
+#include "cuda/launch/options.h"
+#include "cuda/launch/plan.h"
+#include "cuda/launch/rows.h"
+#include "cuda/launch/scores.h"
+#include "flash_dmattn/cuda.h"
+#include "sm80/backward_params.cuh"
+
+namespace flash_dmattn::cuda {
+namespace {
+
+constexpr const char* kRowsHeader = "sm80/backward_rows.cuh";
+
+Kernel kernel(const BackwardOptions& o) {
+  return {"sm80/backward.cuh", "Backward<" +
+                                   options_text("BackwardOptions", o.arch, o.head_dim, o.number, o.test, o.bias,
+                                                o.softcap, o.deterministic) +
+                                   ">"};
+}
+Kernel kernel(const QueryGradientOptions& o) {
+  return {kRowsHeader,
+          "WriteQueryGradient<" + options_text("QueryGradientOptions", o.arch, o.head_dim, o.number) + ">"};
+}
+Kernel rows_kernel(const char* name, Number number) {
+  return {kRowsHeader, std::string(name) + "<" + text(number) + ">"};
+}
+
+unsigned blocks_of(i64 threads) { return static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads); }
+
+/// Lists whose tiles of keys are worked at together: enough to keep a GPU busy with few blocks for each row of dQ.
+constexpr int kGroup = 16;
+
+i64 product(const std::array<std::int64_t, 4>& size) { return size[0] * size[1] * size[2] * size[3]; }
+
+bool is_contiguous(const View<4>& view) {
+  std::int64_t step = 1;
+  for (std::size_t i = 4; i-- > 0; step *= view.size[i])
+    if (view.size[i] > 1 && view.stride[i] != step) return false;
+  return true;
+}
+
+/// What the pass has to know of a gradient of the bias; its sizes are the bias's own, expanded or not.
+struct BiasPass {
+  BiasKind kind;
+  std::optional<View<4>> gradient;  ///< to sum; none where it is the same for all keys, which takes no pass
+  bool per_query_head;              ///< it has values of its own for heads that could share a tile
+  bool is_shared;                   ///< several (batch, head)s add to one element of a full bias
+
+  BiasPass(const Problem& problem, const InputGradient& input_gradient) : kind(bias_kind(problem)) {
+    if (input_gradient.bias && input_gradient.bias->size[3] > 1) gradient = input_gradient.bias;
+    if (gradient && gradient->size[2] > 1) kind = BiasKind::full;
+    const std::int64_t batch = problem.query.size[0], heads = problem.query.size[2];
+    per_query_head = gradient && kind == BiasKind::per_key && gradient->size[1] == heads;
+    is_shared = gradient && kind == BiasKind::full && (gradient->size[0] < batch || gradient->size[1] < heads);
+  }
+};
+
+class Pass {
+ public:
+  Pass(const Problem& problem, const Output& output, const OutputGradient& output_gradient,
+       const InputGradient& input_gradient, bool deterministic, Stream& stream)
+      : problem_(problem),
+        output_(output),
+        output_gradient_(output_gradient),
+        input_gradient_(input_gradient),
+        bias_(problem, input_gradient),
+        stream_(stream),
+        options_{.arch = stream.arch(),
+                 .head_dim = static_cast<int>(padded_dim(problem.query.size[3])),
+                 .number = number_of(problem),
+                 .test = test_of(problem),
+                 .bias = bias_.kind,
+                 .softcap = problem.softcap > 0,
+                 .deterministic = deterministic},
+        config_(backward_config(options_.arch, options_.head_dim)),
+        shape_(make_shape(problem, kMostPack)) {
+    if (bias_.per_query_head || (deterministic && bias_.is_shared)) shape_.pack = 1;
+    shape_.head_dim = options_.head_dim;
+    run_ = backward_run(shape_.pack);
+    runs_ = divide_up(shape_.query_len, run_);
+    row_tiles_ = static_cast<i64>(shape_.batch) * shape_.units() * runs_ * (run_ * shape_.pack / config_.rows);
+  }
+
+  void run() {
+    allocate_sums();
+    if (row_tiles_ > 0 && shape_.key_len > 0) {
+      read_rows();
+      add_up();
+    }
+    write_gradients();
+  }
+
+ private:
+  static constexpr int kMostPack = 64;
+
+  void allocate_sums() {
+    const i64 query = row_tiles_ * config_.dq_size();
+    const i64 key = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads * config_.padded_dim();
+    i64 bias = 0;
+    if (bias_.gradient) {
+      const View<4>& gradient = *bias_.gradient;
+      if (bias_.kind == BiasKind::per_key)
+        bias = static_cast<i64>(shape_.batch) * shape_.units() * shape_.key_len;
+      else if (gradient.dtype != DType::float32 || !is_contiguous(gradient))
+        bias = product(gradient.size);
+    }
+    const std::size_t count = static_cast<std::size_t>(query + 2 * key + bias);
+    grad_query_ = stream_.allocate_array<float>(count);
+    stream_.zero(grad_query_, count * sizeof(float));
+    grad_key_ = grad_query_ + query;
+    grad_value_ = grad_key_ + key;
+    bias_sums_ = grad_value_ + key;
+    if (bias_.gradient && bias_.kind == BiasKind::full && bias == 0) {
+      bias_sums_ = static_cast<float*>(bias_.gradient->data);
+      stream_.zero(bias_sums_, static_cast<std::size_t>(product(bias_.gradient->size)) * sizeof(float));
+    }
+  }
+
+  void read_rows() {
+    const i64 rows = row_tiles_ * config_.rows;
+    lse_ = stream_.allocate_array<float>(static_cast<std::size_t>(2 * rows));
+    delta_ = lse_ + rows;
+    grad_out_ = aligned_input(output_gradient_.out, stream_);
+    stream_.launch(rows_kernel("BackwardRows", options_.number), {blocks_of(rows * lanes_of_row(shape_.head_dim))},
+                   kRowThreads, 0,
+                   BackwardRowsParams{.shape = shape_,
+                                      .run = run_,
+                                      .runs = runs_,
+                                      .out = aligned_input(output_.out, stream_),
+                                      .grad_out = grad_out_,
+                                      .lse = row_numbers(output_.lse),
+                                      .grad_lse = grad_lse(),
+                                      .base_2_lse = lse_,
+                                      .delta = delta_});
+  }
+  RowNumbers grad_lse() const { return output_gradient_.lse ? row_numbers(*output_gradient_.lse) : RowNumbers{}; }
+
+  void add_up() {
+    const MadePlan made = make_plan(problem_, shape_, run_, stream_);
+    const ScoresParams scores = make_scores(problem_, shape_, made.plan, stream_);
+    BackwardParams params{};
+    params.shape = shape_;
+    params.plan = made.plan;
+    params.query = scores.query;
+    params.key = scores.key;
+    params.value = aligned_input(problem_.value, stream_);
+    params.grad_out = grad_out_;
+    params.lse = lse_;
+    params.delta = delta_;
+    params.bias = scores.bias;
+    params.logits = scores.logits;
+    params.factor = scores.logits.factor * static_cast<float>(scores.logits.sign);
+    params.grad_query = grad_query_;
+    params.grad_key = grad_key_;
+    params.grad_value = grad_value_;
+    if (bias_.gradient && bias_.kind == BiasKind::per_key) params.grad_key_bias = bias_sums_;
+    if (bias_.gradient && bias_.kind == BiasKind::full) {
+      const auto& size = bias_.gradient->size;
+      params.grad_bias = {.data = bias_sums_,
+                          .batch = size[0] > 1 ? size[1] * size[2] * size[3] : 0,
+                          .head = size[1] > 1 ? size[2] * size[3] : 0,
+                          .query = size[2] > 1 ? size[3] : 0,
+                          .key = 1,
+                          .heads_per_head = static_cast<int>(shape_.heads / size[1])};
+    }
+    params.key_tiles = divide_up(static_cast<int>(made.longest), config_.keys);
+    params.inverse_pack = static_cast<u32>((1 << 20) / shape_.pack + 1);
+    params.group = kGroup;
+
+    // Deterministic: what adds to the same element of a full bias's gradient comes one after the other.
+    const bool in_order = options_.deterministic && bias_.is_shared;
+    const int batches = in_order && bias_.gradient->size[0] < shape_.batch ? 1 : shape_.batch;
+    const int step = in_order ? params.grad_bias.heads_per_head : 1;
+    for (int batch = 0; batch < shape_.batch; batch += batches)
+      for (int unit = 0; unit < step; ++unit) {
+        params.part = {.first_batch = batch,
+                       .batches = batches,
+                       .first_unit = unit,
+                       .units = shape_.units() / step,
+                       .unit_step = step};
+        launch(params);
+      }
+  }
+
+  void launch(BackwardParams& params) {
+    const i64 lists = static_cast<i64>(params.part.batches) * params.part.units * runs_;
+    if (options_.deterministic) {
+      const i64 key_turns =
+          static_cast<i64>(shape_.batch) * shape_.kv_heads * (params.plan.lists ? 1 : params.key_tiles);
+      const std::size_t count = static_cast<std::size_t>(1 + row_tiles_ + key_turns);
+      params.ticket = stream_.allocate_array<int>(count);
+      params.query_turn = params.ticket + 1;
+      params.key_turn = params.query_turn + row_tiles_;
+      stream_.zero(params.ticket, count * sizeof(int));
+    }
+    const i64 groups = (lists + params.group - 1) / params.group;
+    stream_.launch(kernel(options_), {static_cast<unsigned>(groups * params.group * params.key_tiles)},
+                   config_.threads(), config_.shared_bytes, params);
+  }
+
+  void write_gradients() {
+    const float scale = static_cast<float>(problem_.scale);
+    const Rows query = aligned_output(input_gradient_.query, stream_),
+               key = aligned_output(input_gradient_.key, stream_),
+               value = aligned_output(input_gradient_.value, stream_);
+    stream_.launch(kernel(QueryGradientOptions{options_.arch, options_.head_dim, options_.number}),
+                   {static_cast<unsigned>(row_tiles_)}, kRowThreads,
+                   query_gradient_shared_bytes(options_.arch, options_.head_dim),
+                   QueryGradientParams{
+                       .shape = shape_, .run = run_, .runs = runs_, .sums = grad_query_, .out = query, .scale = scale});
+    const i64 keys = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads;
+    stream_.launch(rows_kernel("WriteKeyGradients", options_.number), {blocks_of(keys * config_.pairs())}, kRowThreads,
+                   0,
+                   KeyGradientsParams{.shape = shape_,
+                                      .padded_dim = config_.padded_dim(),
+                                      .grad_key = grad_key_,
+                                      .grad_value = grad_value_,
+                                      .key_out = key,
+                                      .value_out = value,
+                                      .scale = scale});
+    write_back(query, input_gradient_.query, stream_);
+    write_back(key, input_gradient_.key, stream_);
+    write_back(value, input_gradient_.value, stream_);
+    if (input_gradient_.bias) write_bias_gradient(*input_gradient_.bias);
+  }
+
+  void write_bias_gradient(const View<4>& out) {
+    const bool is_float32 = out.dtype == DType::float32;
+    const auto size = [&](int i) { return static_cast<int>(out.size[static_cast<std::size_t>(i)]); };
+    if (!bias_.gradient) {
+      stream_.launch(rows_kernel("WriteRowBiasGradient", options_.number), {static_cast<unsigned>(product(out.size))},
+                     kRowThreads, kRowThreads / 32 * 4,
+                     RowBiasGradientParams{.shape = shape_,
+                                           .lse = row_numbers(output_.lse),
+                                           .grad_lse = grad_lse(),
+                                           .size = {size(0), size(1), size(2)},
+                                           .out = out.data,
+                                           .stride = {out.stride[0], out.stride[1], out.stride[2]},
+                                           .is_float32 = is_float32});
+      return;
+    }
+    if (bias_sums_ == out.data) return;
+    BiasGradientParams params{.sums = bias_sums_,
+                              .size = {size(0), size(1), size(2), size(3)},
+                              .out = out.data,
+                              .stride = {out.stride[0], out.stride[1], out.stride[2], out.stride[3]},
+                              .is_float32 = is_float32};
+    params.sums_key = 1;
+    if (bias_.kind == BiasKind::per_key) {
+      params.sums_head = out.size[3];
+      params.sums_batch = shape_.units() * out.size[3];
+      params.batches = out.size[0] > 0 ? shape_.batch / size(0) : 0;
+      params.heads = shape_.units() / size(1);
+    } else {
+      params.sums_query = out.size[3];
+      params.sums_head = out.size[2] * out.size[3];
+      params.sums_batch = out.size[1] * params.sums_head;
+      params.batches = params.heads = 1;
+    }
+    stream_.launch(rows_kernel("WriteBiasGradient", options_.number), {blocks_of(product(out.size))}, kRowThreads, 0,
+                   params);
+  }
+
+  const Problem& problem_;
+  const Output& output_;
+  const OutputGradient& output_gradient_;
+  const InputGradient& input_gradient_;
+  const BiasPass bias_;
+  Stream& stream_;
+  const BackwardOptions options_;
+  const BackwardConfig config_;
+  Shape shape_;
+  int run_, runs_;
+  i64 row_tiles_;  ///< tiles of rows of all runs
+  float *grad_query_, *grad_key_, *grad_value_, *bias_sums_;
+  float *lse_ = nullptr, *delta_ = nullptr;
+  Rows grad_out_{};
+};
+
+}  // namespace
+
+void backward(const Problem& problem, const Output& output, const OutputGradient& output_gradient,
+              const InputGradient& input_gradient, bool deterministic, Stream& stream) {
+  check(problem);
+  check(problem, output);
+  check(problem, output_gradient);
+  check(problem, input_gradient);
+  Pass(problem, output, output_gradient, input_gradient, deterministic, stream).run();
+}
+
+void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {
+  for (const Number number : selection.dtypes) {
+    for (const char* name : {"BackwardRows", "WriteKeyGradients", "WriteBiasGradient", "WriteRowBiasGradient"})
+      kernels.push_back({rows_kernel(name, number), {selection.arch, static_cast<int>(number)}});
+    for (const int head_dim : selection.head_dims) {
+      kernels.push_back({kernel(QueryGradientOptions{selection.arch, head_dim, number}),
+                         {selection.arch, head_dim, static_cast<int>(number)}});
+      for (const Test test : {Test::interval, Test::bits})
+        for (const BiasKind bias : {BiasKind::none, BiasKind::per_key, BiasKind::full})
+          for (const bool softcap : {false, true})
+            for (const bool deterministic : {false, true})
+              kernels.push_back(
+                  {kernel(BackwardOptions{selection.arch, head_dim, number, test, bias, softcap, deterministic}),
+                   {selection.arch, head_dim, static_cast<int>(number), static_cast<int>(test), static_cast<int>(bias),
+                    softcap, deterministic}});
+    }
+  }
+}
+
+}  // namespace flash_dmattn::cuda

@@ -1,0 +1,177 @@
+// The backward pass on emulated GPUs, against float64 loops.
+#include "check.h"
+#include "emulator.h"
+#include "flash_dmattn/cuda.h"
+#include "layout/copy_rows.cuh"
+#include "layout/repeat.cuh"
+#include "mask/plan_bits.cuh"
+#include "mask/plan_columns.cuh"
+#include "mask/plan_survivors.cuh"
+#include "reference.h"
+#include "sm80/backward.cuh"
+#include "sm80/backward_rows.cuh"
+
+namespace flash_dmattn::cuda {
+namespace {
+
+// The instances that the tests below need.
+#define BACKWARD(...) EMULATE(Backward<BackwardOptions{__VA_ARGS__}>)
+BACKWARD(90, 8, Number::bfloat16, Test::interval, BiasKind::none, false, false);
+BACKWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, false, false);
+BACKWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, false, true);
+BACKWARD(86, 72, Number::float16, Test::bits, BiasKind::full, true, false);
+BACKWARD(80, 72, Number::float16, Test::bits, BiasKind::full, false, true);
+BACKWARD(90, 256, Number::bfloat16, Test::interval, BiasKind::per_key, false, false);
+BACKWARD(80, 144, Number::bfloat16, Test::interval, BiasKind::none, false, true);
+EMULATE(BackwardRows<Number::float16>);
+EMULATE(BackwardRows<Number::bfloat16>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 8, Number::bfloat16}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{86, 72, Number::float16}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{80, 72, Number::float16}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 256, Number::bfloat16}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{80, 144, Number::bfloat16}>);
+EMULATE(WriteKeyGradients<Number::float16>);
+EMULATE(WriteKeyGradients<Number::bfloat16>);
+EMULATE(WriteBiasGradient<Number::float16>);
+EMULATE(WriteBiasGradient<Number::bfloat16>);
+EMULATE(WriteRowBiasGradient<Number::bfloat16>);
+EMULATE(WriteRowBiasGradient<Number::float16>);
+EMULATE(CopyRows);
+EMULATE(PackMask);
+EMULATE(BitLists);
+EMULATE(ColumnLists);
+
+using namespace test;
+
+struct Sizes {
+  std::int64_t B = 1, Q = 1, K = 1, H = 1, Hk = 1, D = 8;
+};
+
+Tensor<4> normal(Random& random, DType dtype, Index<4> size) {
+  return Tensor<4>(dtype, size).fill([&] { return random.normal(); });
+}
+
+Inputs make_inputs(Random& random, const Sizes& n, DType dtype, bool is_causal) {
+  Inputs in;
+  in.query = normal(random, dtype, {n.B, n.Q, n.H, n.D});
+  in.key = normal(random, dtype, {n.B, n.K, n.Hk, n.D});
+  in.value = normal(random, dtype, {n.B, n.K, n.Hk, n.D});
+  in.scale = 1 / std::sqrt(static_cast<double>(n.D));
+  in.is_causal = is_causal;
+  return in;
+}
+
+Tensor<3> dynamic_end(const Tensor<3>& score, std::int64_t keep_window_size, std::int64_t query_len) {
+  Tensor<3> end(DType::int32, score.size);
+  flash_dmattn::make_dynamic_mask({score, {}, keep_window_size, query_len, true}, end, {}, {.count = 1, .run = {}});
+  return end;
+}
+
+/// The forward pass is that of the float64 loops, rounded.
+struct Saved {
+  Tensor<4> out, grad_out;
+  Tensor<3> lse;
+  std::optional<Tensor<3>> grad_lse;
+
+  Saved(const Inputs& in, Random& random, bool with_grad_lse)
+      : out(in.query.dtype, in.query.size),
+        grad_out(normal(random, in.query.dtype, in.query.size)),
+        lse(DType::float32, {in.query.size[0], in.query.size[2], in.query.size[1]}) {
+    const Results results = attention(in);
+    out.for_each([&](const Index<4>& i) { out.set(i, results.out.at(i)); });
+    lse.for_each([&](const Index<3>& i) { lse.set(i, results.lse.at(i)); });
+    if (with_grad_lse) grad_lse = Tensor<3>(DType::float32, lse.size).fill([&] { return random.normal(); });
+  }
+};
+
+Gradients run(const Inputs& in, const Saved& saved, bool deterministic, EmulatedStream& stream) {
+  Gradients g{{in.query.dtype, in.query.size}, {in.key.dtype, in.key.size}, {in.value.dtype, in.value.size}, {}};
+  if (in.bias) g.bias = Tensor<4>(in.bias->dtype, in.bias->size);
+  backward(in.problem(), {saved.out, saved.lse}, {saved.grad_out, saved.grad_lse}, {g.query, g.key, g.value, g.bias},
+           deterministic, stream);
+  return g;
+}
+
+void check_backward(const Inputs& in, Random& random, int arch = 90, bool deterministic = false,
+                    bool with_grad_lse = false) {
+  const Saved saved(in, random, with_grad_lse);
+  EmulatedStream stream(arch);
+  const Gradients got = run(in, saved, deterministic, stream);
+  const auto [gradient, magnitude] = attention_gradient(in, saved.grad_out, saved.grad_lse);
+  const auto close = [&](const char* what, const auto& g, const auto& e, double scale) {
+    const double off = difference(g, e) / (scale * (in.query.dtype == DType::float16 ? 4e-3 : 3e-2));
+    Context context(std::string(what) + " is off by " + std::to_string(off) + " tolerances");
+    CHECK(off <= 1);
+  };
+  close("grad_query", got.query, gradient.query, largest(magnitude.query));
+  close("grad_key", got.key, gradient.key, largest(magnitude.key));
+  close("grad_value", got.value, gradient.value, largest(magnitude.value));
+  if (in.bias) close("grad_bias", *got.bias, *gradient.bias, largest(*magnitude.bias));
+  if (!deterministic) return;
+  for (unsigned seed : {2u, 3u}) {
+    EmulatedStream other(arch, 5);
+    other.seed(seed);
+    const Gradients again = run(in, saved, deterministic, other);
+    CHECK(same_bits(got.query, again.query) && same_bits(got.key, again.key) && same_bits(got.value, again.value));
+    if (in.bias) CHECK(same_bits(*got.bias, *again.bias));
+  }
+}
+
+TEST(cuda_backward_of_spans) {
+  Random random(1);
+  for (const bool is_causal : {false, true})
+    for (const Sizes& n : {Sizes{2, 200, 200, 2, 2, 8}, Sizes{1, 130, 77, 6, 2, 8}, Sizes{1, 140, 300, 2, 1, 5}})
+      check_backward(make_inputs(random, n, DType::bfloat16, is_causal), random, 90, false, is_causal);
+}
+
+TEST(cuda_backward_with_a_bias_of_keys) {
+  Random random(2);
+  for (const bool deterministic : {false, true})
+    for (const auto& size :
+         {Index<4>{1, 2, 1, 300}, Index<4>{2, 4, 1, 300}, Index<4>{1, 1, 1, 300}, Index<4>{2, 1, 1, 1}}) {
+      const Sizes n{2, 150, 300, 4, 2, 128};
+      Inputs in = make_inputs(random, n, DType::bfloat16, true);
+      in.bias = normal(random, size[1] == 2 ? DType::bfloat16 : DType::float32, size);
+      in.bias->set({0, 0, 0, 17}, -kInfinity);
+      check_backward(in, random, 90, deterministic, size[1] == 1);
+    }
+}
+
+TEST(cuda_backward_of_a_dynamic_mask) {
+  Random random(3);
+  for (const bool deterministic : {false, true}) {
+    const Sizes n{1, 700, 700, 2, 1, 128};
+    Inputs in = make_inputs(random, n, DType::bfloat16, true);
+    Tensor<3> score(DType::float32, {1, 1, n.K});
+    in.end = dynamic_end(score.fill([&] { return random.normal(); }), 60, n.Q);
+    in.bias = normal(random, DType::float32, {1, 1, 1, n.K});
+    check_backward(in, random, 90, deterministic);
+  }
+}
+
+TEST(cuda_backward_with_a_full_bias) {
+  Random random(4);
+  for (const auto& size : {Index<4>{2, 4, 150, 170}, Index<4>{1, 2, 150, 170}, Index<4>{2, 1, 150, 170},
+                           Index<4>{1, 1, 150, 170}, Index<4>{1, 4, 150, 1}})
+    for (const bool deterministic : {false, true}) {
+      Context context("bias of " + std::to_string(size[0]) + " x " + std::to_string(size[1]));
+      const Sizes n{2, 150, 170, 4, 2, 72};
+      Inputs in = make_inputs(random, n, DType::float16, true);
+      in.bias = normal(random, size[1] == 4 ? DType::float32 : DType::float16, size);
+      in.mask = Tensor<4>(DType::boolean, {1, 2, n.Q, n.K}).fill([&] { return random.chance(0.3); });
+      if (!deterministic) in.softcap = 3;
+      check_backward(in, random, deterministic ? 80 : 86, deterministic, size[0] == 1);
+    }
+}
+
+TEST(cuda_backward_of_wide_heads) {
+  Random random(5);
+  Inputs in = make_inputs(random, {1, 130, 140, 4, 2, 256}, DType::bfloat16, true);
+  in.bias = normal(random, DType::float32, {1, 2, 1, 140});
+  check_backward(in, random);
+  check_backward(make_inputs(random, {2, 150, 100, 2, 2, 144}, DType::bfloat16, true), random, 80, true);
+}
+
+}  // namespace
+}  // namespace flash_dmattn::cuda
