@@ -58,7 +58,7 @@ void forward(const Problem& problem, const Output& output, Stream& stream) {
 
   const Rows out = aligned_output(output.out, stream);
   ForwardParams params{.scores = make_scores(problem, shape, made.plan, stream),
-                       .value = aligned_input(problem.value, stream),
+                       .value = key_rows("value", problem.value, stream),
                        .out = out,
                        .lse = row_numbers(output.lse),
                        .split_tiles = static_cast<int>(split_tiles)};

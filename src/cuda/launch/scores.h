@@ -2,6 +2,8 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <string>
 
 #include "cuda/launch/plan.h"
 #include "cuda/launch/rows.h"
@@ -34,10 +36,20 @@ inline RowNumbers row_numbers(const View<3>& view) {
   return {static_cast<float*>(view.data), view.stride[0], view.stride[1], view.stride[2]};
 }
 
+/// Kernels compute the address of a key from its position in 32 bits, in bytes.
+inline Rows key_rows(const char* name, const View<4>& view, Stream& stream) {
+  const Rows rows = aligned_input(view, stream);
+  constexpr std::int64_t longest = (std::int64_t{1} << 30) - 1;
+  if (std::abs(rows.position) > longest)
+    throw InvalidArgument(std::string(name) + ": has stride " + std::to_string(rows.position) +
+                          " from position to position, takes at most " + std::to_string(longest) + " on a GPU");
+  return rows;
+}
+
 inline ScoresParams make_scores(const Problem& problem, const Shape& shape, const Plan& plan, Stream& stream) {
   return {.shape = shape,
           .query = aligned_input(problem.query, stream),
-          .key = aligned_input(problem.key, stream),
+          .key = key_rows("key", problem.key, stream),
           .bias = problem.bias ? make_bias(problem) : Bias{},
           .plan = plan,
           .logits = make_logits(problem)};

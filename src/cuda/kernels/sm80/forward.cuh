@@ -137,7 +137,8 @@ struct Forward {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = scores.row_of(m, half);
-        float sum = quad_sum(softmax.sum[m][half]), lse = softmax.offset(m, half) + fast_log2(sum);
+        float sum = quad_sum(softmax.sum[m][half]),
+              lse = softmax.finite_reference(m, half) * softmax.factor + fast_log2(sum);
         float scale = fast_reciprocal(sum);
         const bool is_row = place.has(row);
         const int q = place.query_of(row), h = place.head_of(row);

@@ -21,6 +21,8 @@ constexpr float kLn2 = 0.6931471805599453f;
 /// The reference of a row, which is subtracted from its scores, follows their maximum only when that has grown by more
 /// than this: rescaling what was summed is rare, and no term is larger than 2^8.
 constexpr float kSlack = 8;
+/// A reference that is farther than this from 0 (in base 2) is subtracted from the scores before anything is rounded.
+constexpr float kFar = 4096;
 
 /// The rows of `kRowTiles` blocks of 16.
 template <int kRowTiles>
@@ -28,16 +30,19 @@ struct Softmax {
   float factor;                   ///< from scores to base 2; positive
   float reference[kRowTiles][2];  ///< a score; -inf before the first that is not
   float sum[kRowTiles][2];        ///< this thread's part
+  bool is_far;                    ///< one of the warp's references is
 
   void start(float to_base_2) {
     factor = to_base_2;
+    is_far = false;
     for (int m = 0; m < kRowTiles; ++m)
       for (int half = 0; half < 2; ++half) reference[m][half] = -kInfinity, sum[m][half] = 0;
   }
 
   /// Moves the references to what a tile of scores asks for, and with them the sums and `out`, the products so far.
+  /// Far references are subtracted from the scores.
   template <int kColumnTiles, int kOutTiles>
-  void follow(const float (&score)[kRowTiles][kColumnTiles][4], float (&out)[kRowTiles][kOutTiles][4]) {
+  void follow(float (&score)[kRowTiles][kColumnTiles][4], float (&out)[kRowTiles][kOutTiles][4]) {
     float highest[kRowTiles][2];
     bool grows = false;
 #pragma unroll
@@ -52,7 +57,20 @@ struct Softmax {
         // False for -inf - -inf.
         grows |= (highest[m][half] - reference[m][half]) * factor > kSlack;
       }
-    if (ballot(grows) == 0) return;
+    if (ballot(grows) != 0) raise(highest, out);
+    if (is_far) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) score[m][n][i] -= finite_reference(m, i / 2);
+    }
+  }
+
+  template <int kOutTiles>
+  void raise(const float (&highest)[kRowTiles][2], float (&out)[kRowTiles][kOutTiles][4]) {
+    bool far = false;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -60,14 +78,17 @@ struct Softmax {
         const float x = maximum(highest[m][half], reference[m][half]);
         const float scale = x == -kInfinity ? 1.0f : fast_exp2((reference[m][half] - x) * factor);
         reference[m][half] = x;
+        far |= finite_reference(m, half) * factor > kFar || finite_reference(m, half) * factor < -kFar;
         sum[m][half] *= scale;
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n) out[m][n][2 * half] *= scale, out[m][n][2 * half + 1] *= scale;
       }
+    is_far = ballot(far) != 0;
   }
 
-  /// What is subtracted from the scores of a row, in base 2.
-  float offset(int m, int half) const { return reference[m][half] == -kInfinity ? 0.0f : reference[m][half] * factor; }
+  float finite_reference(int m, int half) const { return reference[m][half] == -kInfinity ? 0.0f : reference[m][half]; }
+  /// What is left to subtract from the scores of a row, in base 2.
+  float offset(int m, int half) const { return is_far ? 0.0f : finite_reference(m, half) * factor; }
 
   /// Scores of two neighbouring 16 x 8 blocks to their exponentials, as the operand A of the product with the values.
   template <class T>
