@@ -11,18 +11,21 @@
 
 namespace flash_dmattn::cuda {
 
-// For now: until each launcher has its own.
-__attribute__((weak)) void list_mask_kernels(const Selection&, std::vector<ListedKernel>&) {}
-__attribute__((weak)) void list_plan_kernels(const Selection&, std::vector<ListedKernel>&) {}
-__attribute__((weak)) void list_rows_kernels(const Selection&, std::vector<ListedKernel>&) {}
+// For now: until it has its own.
 __attribute__((weak)) void list_backward_kernels(const Selection&, std::vector<ListedKernel>&) {}
 
 std::vector<ListedKernel> list_kernels(const Selection& selection) {
-  std::vector<ListedKernel> kernels;
+  std::vector<ListedKernel> listed;
   for (auto list : {list_mask_kernels, list_plan_kernels, list_rows_kernels, list_forward_kernels,
                     list_probabilities_kernels, list_backward_kernels})
-    list(selection, kernels);
-  for (ListedKernel& kernel : kernels) kernel.arch = selection.arch;
+    list(selection, listed);
+  // Launchers share some.
+  std::vector<ListedKernel> kernels;
+  std::set<std::pair<std::string, std::string>> seen;
+  for (ListedKernel& kernel : listed) {
+    kernel.arch = selection.arch;
+    if (seen.emplace(kernel.kernel.header, kernel.kernel.name).second) kernels.push_back(std::move(kernel));
+  }
   return kernels;
 }
 

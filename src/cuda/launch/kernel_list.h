@@ -22,7 +22,7 @@ struct ListedKernel {
   int arch = 0;  ///< list_kernels fills it in
 };
 
-// Each appends what its launcher can choose for the selection, without repetition; one stands beside each launcher.
+// Each appends what its launcher can choose for the selection; one stands beside each launcher.
 void list_mask_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_plan_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_rows_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
@@ -30,6 +30,7 @@ void list_forward_kernels(const Selection& selection, std::vector<ListedKernel>&
 void list_probabilities_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 
+/// All of them, each once.
 std::vector<ListedKernel> list_kernels(const Selection& selection);
 
 /// A small subset (of kernels for one arch or several) in which, for every template, each value of each option and each
