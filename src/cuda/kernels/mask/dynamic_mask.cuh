@@ -22,12 +22,13 @@ struct SortKeys {
     auto& buffers = *reinterpret_cast<SortBuffers<Score>*>(shared);
     List<Score, u16> now = buffers.list(0), next = buffers.list(1);
     const int row = block_index() / params.groups, first = block_index() % params.groups * kGroup;
-    for (int i = thread_index(); i < kGroup; i += kThreads) {
-      const int k = first + i;
-      now.score[i] = params.keys.template rank<kType>(row, k);
+    Score score[kEach];
+    params.keys.template ranks<kType>(row, first + thread_index(), kThreads, score);
+    for (int e = 0; e < kEach; ++e) {
+      const int i = e * kThreads + thread_index(), k = first + i;
+      now.score[i] = score[e];
       if (k < params.keys.count)
-        params.end.at(row, k) =
-            params.end.is_causal && params.keys.exists(row, k) ? params.keys.count : params.end.never(k);
+        params.end.at(row, k) = params.end.is_causal && score[e] != kNoKey ? params.keys.count : params.end.never(k);
     }
     sync_block();
     sort_own(now, next);
@@ -152,7 +153,7 @@ struct FindEnds {
     const List<Score, u16> runs = {earlier.score, reinterpret_cast<u16*>(earlier.position)};
 
     Score own[kEach];
-    for (int e = 0; e < kEach; ++e) own[e] = params.keys.template rank<kType>(row, first + e * kThreads + t);
+    params.keys.template ranks<kType>(row, first + t, kThreads, own);
     const i64 row_group = static_cast<i64>(row) * params.groups + group;
     load_start(params.group_starts, row_group, now, capacity);
     const int size = params.chunk_lists.size;

@@ -20,10 +20,19 @@ struct Keys {
     return k < count && (!padding || padding[row / heads * padding_batch + k * padding_key]);
   }
   template <ScoreType kType>
-  constexpr typename Ranking<kType>::Score rank(int row, int k) const {
+  constexpr typename Ranking<kType>::Bits number(int row, int k) const {
     using Bits = typename Ranking<kType>::Bits;
-    if (!exists(row, k)) return kNoKey;
-    return rank_of<kType>(static_cast<const Bits*>(score)[row / heads * batch + row % heads * head + k * key]);
+    return k < count ? static_cast<const Bits*>(score)[row / heads * batch + row % heads * head + k * key] : Bits{};
+  }
+  /// The ranks of the keys first, first + step, …; all numbers are asked for before the first is waited for.
+  template <ScoreType kType, int kEach>
+  constexpr void ranks(int row, int first, int step, typename Ranking<kType>::Score (&rank)[kEach]) const {
+    typename Ranking<kType>::Bits numbers[kEach];
+    for (int e = 0; e < kEach; ++e) numbers[e] = number<kType>(row, first + e * step);
+    for (int e = 0; e < kEach; ++e) {
+      const bool is_there = exists(row, first + e * step);
+      rank[e] = is_there ? rank_of<kType>(numbers[e]) : kNoKey;
+    }
   }
 };
 
