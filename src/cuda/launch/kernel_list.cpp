@@ -11,9 +11,6 @@
 
 namespace flash_dmattn::cuda {
 
-// For now: until it has its own.
-__attribute__((weak)) void list_backward_kernels(const Selection&, std::vector<ListedKernel>&) {}
-
 std::vector<ListedKernel> list_kernels(const Selection& selection) {
   std::vector<ListedKernel> listed;
   for (auto list : {list_mask_kernels, list_plan_kernels, list_rows_kernels, list_forward_kernels,
