@@ -4,7 +4,11 @@
 
 namespace flash_dmattn::cuda {
 
-__forceinline__ int thread_index() { return static_cast<int>(threadIdx.x); }
+__forceinline__ int thread_index() {
+  const int index = static_cast<int>(threadIdx.x);
+  __builtin_assume(index >= 0 && index < 1024);  // divisions by constants are then shifts and masks
+  return index;
+}
 __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
 /// Read anew by every call: what follows from it needs no register in between.
 __forceinline__ int block_index() {
