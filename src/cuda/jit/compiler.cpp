@@ -64,7 +64,7 @@ std::string cubin_arch(int arch) { return "sm_" + std::to_string(arch) + (arch =
 Image image_of(const Kernel& kernel, const std::string& arch) {
   const Nvrtc& nvrtc = Nvrtc::get();
   const std::string unit = translation_unit(kernel);
-  const std::vector<std::string> options = {"-std=c++20", "-default-device", "-lineinfo", "-arch=" + arch};
+  const std::vector<std::string> options = {"-std=c++20", "-default-device", "-arch=" + arch};
   Hash hash;
   hash.add(hash_of_sources()).add(unit).add(nvrtc.name());
   for (const std::string& option : options) hash.add(option);
