@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from devices import CUDA_DTYPES, DEVICES
+from devices import CUDA_DTYPES, DEVICES, poison
 
 # The same examples on every run; HYPOTHESIS_PROFILE=thorough looks at many more, and at new ones each time.
 common = {
@@ -30,6 +30,8 @@ def pytest_configure(config):
 def device(request):
     """Where a test's tensors are made, unless it says otherwise."""
     with torch.device(request.param):
+        if request.param == "cuda":
+            poison()
         yield request.param
 
 

@@ -19,3 +19,11 @@ def on_gpu():
 
 def usual_dtype():
     return torch.bfloat16 if on_gpu() else torch.float32
+
+
+def poison(megabytes=64):
+    """Fills memory that torch will hand out with NaN, for whatever dtype: what a kernel leaves unwritten shows."""
+    nan = 0x7FFF7FFF
+    large = torch.full((megabytes << 18,), nan, dtype=torch.int32)
+    small = [torch.full((size >> 2,), nan, dtype=torch.int32) for size in (512, 1 << 14, 1 << 20) for _ in range(16)]
+    del large, small
