@@ -24,13 +24,11 @@ struct SurvivorLists {
     int counts[Config::kWarps];
   };
 
-  /// The number of ones of `mask` below this thread.
-  static int rank(u32 mask) { return count_ones(mask & ((1u << thread_index() % kWarp) - 1)); }
-
   static void run(const Params& params, char* shared_memory) {
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
     const ListsParams& lists = params.lists;
     const int warp = thread_index() / kWarp, lane = thread_index() % kWarp;
+    const u32 lower = (1u << lane) - 1;
     const int row = block_index() / params.blocks, head = row % lists.heads, b = row / lists.heads;
     const int runs_per_block = Config::runs_per_block(lists.run, params.slots, params.chunk);
     const int first_run = block_index() % params.blocks * runs_per_block;
@@ -84,22 +82,29 @@ struct SurvivorLists {
         all += shared.counts[w];
       }
       for (int i = 0; i < Config::kEntries; ++i) {
-        if (alive[i] >> lane & 1) shared.candidates[at + rank(alive[i])] = candidates[i];
+        if (alive[i] >> lane & 1) shared.candidates[at + count_ones(alive[i] & lower)] = candidates[i];
         at += count_ones(alive[i]);
       }
+      // Up to whole warps, candidates that nobody sees.
+      const int padded = round_up(all, kWarp);
+      if (all + thread_index() < padded) shared.candidates[all + thread_index()] = {0, kSmallest};
       sync_block();
       if (has_run)
 #pragma unroll 4
-        for (int i = 0; i < all; i += kWarp) {
-          const Candidate candidate = i + lane < all ? shared.candidates[i + lane] : Candidate{0, kSmallest};
+        for (int i = 0; i < padded; i += kWarp) {
+          const Candidate candidate = shared.candidates[i + lane];
           const bool is_full = candidate.key <= run_first && candidate.end >= run_stop;
-          const bool is_tested = !is_full && candidate.key < run_stop && candidate.end > most(candidate.key, run_first);
-          const u32 full_here = ballot(is_full), tested_here = ballot(is_tested);
-          const int full_at = full + rank(full_here), tested_at = tested + rank(tested_here);
+          const u32 full_here = ballot(is_full);
+          const int full_at = full + count_ones(full_here & lower);
           if (is_full && full_at < params.capacity) full_keys[full_at] = candidate.key;
-          if (is_tested && tested_at < Config::tested_capacity(lists.run)) tested_keys[tested_at] = candidate.key;
           full += count_ones(full_here);
-          tested += count_ones(tested_here);
+          const bool is_tested = !is_full && candidate.key < run_stop && candidate.end > most(candidate.key, run_first);
+          const u32 tested_here = ballot(is_tested);
+          if (tested_here != 0) {  // in few warps
+            const int tested_at = tested + count_ones(tested_here & lower);
+            if (is_tested && tested_at < Config::tested_capacity(lists.run)) tested_keys[tested_at] = candidate.key;
+            tested += count_ones(tested_here);
+          }
         }
       sync_block();
     }
