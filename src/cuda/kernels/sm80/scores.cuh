@@ -126,7 +126,9 @@ struct Scores {
                : 0;
   }
   float scaled_bias(u32 bits) const {
-    const float x = params.bias.is_float32 ? float_of(bits) : to_float(T{static_cast<u16>(bits)});
+    return scaled_bias(params.bias.is_float32 ? float_of(bits) : to_float(T{static_cast<u16>(bits)}));
+  }
+  float scaled_bias(float x) const {
     const float scaled = x * params.logits.bias_factor;
     return x == -kInfinity ? x : maximum(minimum(scaled, kLargestBias), -kLargestBias);
   }
@@ -205,6 +207,7 @@ struct Scores {
           for (int i = 0; i < 4; ++i) use(m, n, i, bias[8 * n + i % 2]);
     } else {
       const int* const positions = shared.position[tile % 4] + lane % 4 * 2;
+      const bool by_pairs = has_bias_pairs(tile);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -212,13 +215,39 @@ struct Scores {
           const int row = row_of(m, half);
           const i64 of_row =
               place.has(row) ? params.bias.offset(place.b, place.head_of(row), place.query_of(row), 0) : 0;
+          if (by_pairs) {
+            const i64 first = of_row + positions[0];
 #pragma unroll
-          for (int n = 0; n < kColumnTiles; ++n)
+            for (int n = 0; n < kColumnTiles; ++n) {
+              const Pair pair = bias_pair(first, 8 * n);
+              use(m, n, 2 * half, scaled_bias(pair.x));
+              use(m, n, 2 * half + 1, scaled_bias(pair.y));
+            }
+          } else {
 #pragma unroll
-            for (int i = 0; i < 2; ++i)
-              use(m, n, 2 * half + i, scaled_bias(bias_bits(of_row + positions[8 * n + i] * params.bias.key)));
+            for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+              for (int i = 0; i < 2; ++i)
+                use(m, n, 2 * half + i, scaled_bias(bias_bits(of_row + positions[8 * n + i] * params.bias.key)));
+          }
         }
     }
+  }
+  struct alignas(8) Pair {
+    float x, y;
+  };
+  Pair bias_pair(i64 offset, int more) const {
+    if (params.bias.is_float32)
+      return *reinterpret_cast<const Pair*>(static_cast<const float*>(params.bias.data) + offset + more);
+    const u32 both = *reinterpret_cast<const u32*>(static_cast<const u16*>(params.bias.data) + offset + more);
+    return {to_float(T{static_cast<u16>(both)}), to_float(T{static_cast<u16>(both >> 16)})};
+  }
+  /// Whether the biases of a tile's neighbouring keys stand side by side, aligned.
+  bool has_bias_pairs(int tile) const {
+    const Bias& bias = params.bias;
+    return bias.key == 1 && !params.plan.positions && (tile + 1) * static_cast<i64>(kKeys) <= list.count &&
+           ((bias.batch | bias.head | bias.query) & 1) == 0 &&
+           reinterpret_cast<u64>(bias.data) % (bias.is_float32 ? 8 : 4) == 0;
   }
 
   void add_products(Accumulators& s, int stage) {
