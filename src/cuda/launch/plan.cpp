@@ -161,9 +161,10 @@ class Planner {
   bool has_survivors() const {
     if (!survivors_ || !end_ || !plan_.is_causal || plan_.run > SurvivorListsConfig::kLongestRun) return false;
     const auto& size = survivors_->size;
+    if (size[2] == 0 || size[3] == 0) return false;
     const auto fits = [&](int i, std::int64_t count) { return size[i] == 1 || size[i] == count; };
     if (survivors_->dtype == DType::int32 && fits(0, sizes_.batch) &&
-        (fits(1, sizes_.heads) || fits(1, sizes_.kv_heads)) && size[3] >= 1) {
+        (fits(1, sizes_.heads) || fits(1, sizes_.kv_heads))) {
       if (size[3] >= shape_.key_len) return false;
       if (size[2] == divide_up(shape_.key_len, survivor_chunk(size[3]))) return true;
     }
@@ -322,8 +323,9 @@ MadePlan make_plan(const Problem& problem, const Shape& shape, int run, Stream& 
 }
 
 void list_plan_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {
-  for (const Kernel& kernel : {kSurvivorLists, kColumnLists, kPackMask, kBitLists, kRepeatEnd, kRepeatRows})
-    kernels.push_back({kernel, {}});
+  for (const Kernel& kernel : {kSurvivorLists, kColumnLists, kPackMask, kBitLists}) kernels.push_back({kernel, {}});
+  kernels.push_back({kRepeatEnd, {sizeof(int)}});
+  kernels.push_back({kRepeatRows, {sizeof(unsigned char)}});
   list_rows_kernels(selection, kernels);
 }
 
