@@ -9,11 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-BEGIN, END = "<!-- cpu-figures -->", "<!-- /cpu-figures -->"
 
 
-def cpu_figures() -> str:
-    recorded = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())
+def cpu_figures(recorded: dict) -> str:
     machine = recorded["machine"]
     lines = [
         f"{machine['cpu']}, {machine['threads']} threads, instruction set `{machine['instruction_set']}`, "
@@ -35,14 +33,51 @@ def cpu_figures() -> str:
     return "\n".join(lines)
 
 
+def cuda_figures(recorded: dict) -> str:
+    machine, rows = recorded["machine"], [row for row in recorded["results"] if "failed" not in row]
+    peers = list(dict.fromkeys(name for row in rows for name in row.get("peers", {})))
+    lines = [
+        f"{machine['gpu']}, driver {machine['driver']}, PyTorch {machine['torch']}, CUDA {machine['cuda']}, "
+        f"{machine['date']}, commit {machine['commit'][:10]}; {machine['shape']}. SDPA is dense and causal, without a "
+        "bias; FlexAttention has the same mask and bias. TFLOP/s count visible pairs only.",
+        "",
+        f"| case | this library | TFLOP/s | {' | '.join(peers)} |",
+        f"|---|---|---|{'---|' * len(peers)}",
+    ]
+    for row in rows:
+        figure = milliseconds(row["ms"]) if "ms" in row else f"{row['value']:.3g} {row['unit']}"
+        tflops = f"{row['tflops']:.0f}" if "tflops" in row else ""
+        times = [row.get("peers", {}).get(name, "") for name in peers]
+        times = [time if time == "" else "failed" if isinstance(time, str) else milliseconds(time) for time in times]
+        lines.append(f"| {' | '.join([row['case'], figure, tflops, *times])} |")
+    return "\n".join(lines)
+
+
+def milliseconds(value: float) -> str:
+    return f"{1e3 * value:.0f} µs" if value < 0.1 else f"{value:.3g} ms"
+
+
+FIGURES = {"cpu": cpu_figures, "cuda": cuda_figures}
+
+
+def with_figures(text: str, name: str) -> str:
+    """The README with the figures of benchmarks/results/{name}.json, if there are any, between their markers."""
+    recorded = ROOT / f"benchmarks/results/{name}.json"
+    if not recorded.exists():
+        return text
+    begin, end = f"<!-- {name}-figures -->", f"<!-- /{name}-figures -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{FIGURES[name](json.loads(recorded.read_text()))}\n{end}{after}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the README has the recorded figures")
     options = parser.parse_args()
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    new = f"{before}{BEGIN}\n{cpu_figures()}\n{END}{after}"
+    new = text = README.read_text()
+    for name in FIGURES:
+        new = with_figures(new, name)
     if options.check and new != text:
         print(f"{README.name} does not have the recorded figures; run: python benchmarks/report.py", file=sys.stderr)
         return 1

@@ -1,0 +1,491 @@
+"""The CUDA kernels against torch's scaled_dot_product_attention (SDPA) and FlexAttention: same inputs, same run.
+
+    python benchmarks/cuda.py [--out benchmarks/results/cuda.json] [--cases NAME ...]
+
+Prints a line for each figure and writes all of them, with the machine and the commit, as JSON. Times are medians by
+CUDA events, of calls that wait in the GPU's queue, so that the host's time does not count. Outputs are compared with
+float64 in some rows. A case that fails is reported and leaves the others alone. Exits with 1 if an output is wrong or a
+case failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flash_dmattn import DynamicMask, flash_dmattn_func, flex_dmattn_func, operators
+
+HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
+WINDOW = 1024
+DTYPE = torch.bfloat16
+READS = 4.2e12  # bytes a second that an H200 copies in practice
+SDPA = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA FlashAttention": SDPBackend.FLASH_ATTENTION}
+
+Rows = Iterator[dict]
+
+
+def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
+    """The median of some samples, each of as many calls as take about 2 ms."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def sample(calls: int) -> float:
+        torch.cuda._sleep(4_000_000)  # about 2 ms, in which the host queues calls
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / calls
+
+    for _ in range(2):
+        function()
+    calls = min(50, max(1, round(2 / sample(1))))
+    return statistics.median(sample(calls) for _ in range(repeats))
+
+
+def preparation(function: Callable[[], object]) -> float:
+    """Microseconds of the kernels that a call runs before its longest."""
+    function()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    kernels = sorted(
+        (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA),
+        key=lambda event: event.time_range.start,
+    )
+    times = [event.time_range.elapsed_us() for event in kernels]
+    return sum(times[: times.index(max(times))])
+
+
+def normal(*size: int, seed: int = 0, dtype: torch.dtype = DTYPE) -> Tensor:
+    return torch.randn(size, generator=torch.Generator("cuda").manual_seed(seed), dtype=dtype)
+
+
+def inputs(length: int, query_len: int | None = None) -> list[Tensor]:
+    """query, key, value, leaves."""
+    sizes = (query_len or length, HEADS), (length, KV_HEADS), (length, KV_HEADS)
+    return [normal(1, *size, HEAD_DIM, seed=seed).requires_grad_() for seed, size in enumerate(sizes)]
+
+
+def scores(length: int) -> Tensor:
+    """A per-key bias, a leaf."""
+    return normal(1, KV_HEADS, 1, length, seed=9, dtype=torch.float32).requires_grad_()
+
+
+def error_of(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, visible: Callable) -> float:
+    """Relative, in some rows, against float64: visible(rows) (1 | Hk, R, K)."""
+    rows = torch.linspace(0, query.size(1) - 1, 32).long()
+    group = HEADS // KV_HEADS
+    expected = []
+    for kv_head in range(KV_HEADS):
+        q = query.detach()[0, rows, kv_head * group : (kv_head + 1) * group].double().transpose(0, 1)
+        s = q @ key.detach()[0, :, kv_head].double().T * HEAD_DIM**-0.5
+        if bias is not None:
+            s = s + bias.detach()[0, kv_head, 0].double()
+        seen = visible(rows)
+        s = s.masked_fill(~seen[kv_head if seen.size(0) > 1 else 0], -torch.inf)
+        expected.append((s.softmax(-1) @ value.detach()[0, :, kv_head].double()).transpose(0, 1))
+    exact = torch.cat(expected, 1)
+    return float((out.detach()[0, rows].double() - exact).norm() / exact.norm())
+
+
+def causal(query_len: int, key_len: int) -> Callable[[Tensor], Tensor]:
+    position = torch.arange(key_len)
+    return lambda rows: (position <= rows[:, None] + key_len - query_len)[None]
+
+
+def under(mask: DynamicMask) -> Callable[[Tensor], Tensor]:
+    _, _, query_len, key_len = mask.shape
+    end = mask.end[0, :, None]
+    return lambda rows: causal(query_len, key_len)(rows) & (rows[:, None] + key_len - query_len < end)
+
+
+def visible_pairs(mask: DynamicMask) -> int:
+    """Over all query heads."""
+    key_len = mask.shape[3]
+    return int((mask.end.clamp(max=key_len) - torch.arange(key_len)).sum()) * HEADS // KV_HEADS
+
+
+def result(
+    case: str, ms: float, *, pairs: int = 0, products: int = 2, error: float | None = None, **more: object
+) -> dict:
+    """`products`: matrix products of D times the pairs; each is 2 D operations a pair."""
+    row: dict = {"case": case, "ms": ms, **more}
+    if pairs:
+        row["tflops"] = 2 * products * HEAD_DIM * pairs / ms / 1e9
+    if error is not None:
+        row |= {"error": error, "right": error < 1e-2}
+    return row
+
+
+def quantity(case: str, value: float, unit: str) -> dict:
+    return {"case": case, "value": value, "unit": unit}
+
+
+def peers(functions: dict[str, Callable[[], object]]) -> dict[str, float | str]:
+    """Milliseconds, or why there are none."""
+    times: dict[str, float | str] = {}
+    for name, function in functions.items():
+        try:
+            times[name] = median_ms(function, repeats=5)
+        except Exception as error:
+            times[name] = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    return times
+
+
+class Sdpa:
+    """Dense causal attention without a bias by one of SDPA's backends, on heads-first copies."""
+
+    def __init__(self, backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.backend = backend
+        self.leaves = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (query, key, value)]
+        self.grad_out = torch.randn_like(self.leaves[0])
+        self.out: Tensor | None = None
+
+    def forward(self) -> Tensor:
+        with sdpa_kernel(self.backend):
+            return F.scaled_dot_product_attention(*self.leaves, is_causal=True, enable_gqa=True)
+
+    def backward(self) -> None:
+        if self.out is None:
+            self.out = self.forward()
+        torch.autograd.grad(self.out, self.leaves, self.grad_out, retain_graph=True)
+
+
+def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
+    return torch.no_grad()(function)
+
+
+def mask() -> Rows:
+    for length, window in ((8192, WINDOW), (32768, WINDOW), (32768, 2048), (1048576, WINDOW)):
+        score = scores(length).detach()[:, :, 0]
+        ms = median_ms(lambda score=score, window=window: DynamicMask.from_score(score, window))
+        yield result(f"dynamic mask from scores, N {length}, 8 heads, w {window}", ms)
+
+
+def dynamic(length: int = 32768) -> Rows:
+    query, key, value = leaves = inputs(length)
+    bias = scores(length)
+    grad_out = torch.randn_like(query)
+    options = {"attn_bias": bias, "is_causal": True}
+    made = DynamicMask.from_score(bias.detach()[:, :, 0], WINDOW)
+    pairs = visible_pairs(made)
+    out = flash_dmattn_func(query, key, value, keep_window_size=WINDOW, **options)
+    error = error_of(out, query, key, value, bias, under(made))
+    dense = {name: Sdpa(backend, query, key, value) for name, backend in SDPA.items()}
+
+    def flex() -> Tensor:
+        made = DynamicMask.from_score(bias.detach()[:, :, 0], WINDOW)
+        return flex_dmattn_func(query, key, value, attn_mask=made, attn_bias=bias, is_causal=True)
+
+    def forward() -> object:
+        return flash_dmattn_func(query, key, value, keep_window_size=WINDOW, **options)
+
+    name = f"dynamic mask w {WINDOW}, N {length}, per-key bias"
+    yield result(
+        f"{name}, forward, mask included", median_ms(without_gradients(forward)), pairs=pairs, error=error,
+        peers=peers({
+            **{name: without_gradients(peer.forward) for name, peer in dense.items()},
+            "FlexAttention": without_gradients(flex),
+        }),
+    )  # fmt: skip
+    yield result(
+        f"{name}, forward, mask given",
+        median_ms(without_gradients(lambda: flash_dmattn_func(query, key, value, attn_mask=made, **options))),
+        pairs=pairs,
+    )
+    wanted = (*leaves, bias)
+    flex_out: list[Tensor] = []
+
+    def flex_backward() -> None:
+        if not flex_out:
+            flex_out.append(flex())
+        torch.autograd.grad(flex_out[0], wanted, grad_out, retain_graph=True)
+
+    yield result(
+        f"{name}, backward with bias gradient",
+        median_ms(lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True)), pairs=pairs, products=5,
+        peers=peers({**{name: peer.backward for name, peer in dense.items()}, "FlexAttention": flex_backward}),
+    )  # fmt: skip
+    again = flash_dmattn_func(query, key, value, keep_window_size=WINDOW, deterministic=True, **options)
+    yield result(
+        f"{name}, backward with bias gradient, deterministic",
+        median_ms(lambda: torch.autograd.grad(again, wanted, grad_out, retain_graph=True)),
+        pairs=pairs,
+        products=5,
+    )
+    given = without_gradients(lambda: flash_dmattn_func(query, key, value, attn_mask=made, **options))
+    yield quantity(f"{name}, kernels before the forward's longest: its plan", preparation(given), "µs")
+    ms = preparation(lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True))
+    yield quantity(f"{name}, kernels before the backward's longest: its plan, sums of rows", ms, "µs")
+
+
+def dense(length: int = 8192) -> Rows:
+    query, key, value = leaves = inputs(length)
+    bias = scores(length)
+    grad_out = torch.randn_like(query)
+    pairs = HEADS * length * (length + 1) // 2
+    others = {name: Sdpa(backend, query, key, value) for name, backend in SDPA.items()}
+    for name, wanted, options in (("per-key bias", (*leaves, bias), {"attn_bias": bias}), ("no bias", leaves, {})):
+
+        def forward(options: dict = options) -> Tensor:
+            return flash_dmattn_func(query, key, value, is_causal=True, **options)
+
+        out = forward()
+        error = error_of(out, query, key, value, options.get("attn_bias"), causal(length, length))
+        yield result(
+            f"dense causal, {name}, N {length}, forward", median_ms(without_gradients(forward)), pairs=pairs,
+            error=error, peers=peers({name: without_gradients(peer.forward) for name, peer in others.items()}),
+        )  # fmt: skip
+        yield result(
+            f"dense causal, {name}, N {length}, backward",
+            median_ms(lambda out=out, wanted=wanted: torch.autograd.grad(out, wanted, grad_out, retain_graph=True)),
+            pairs=pairs, products=5, peers=peers({name: peer.backward for name, peer in others.items()}),
+        )  # fmt: skip
+
+
+def bool_mask(length: int = 8192) -> Rows:
+    query, key, value = (x.detach() for x in inputs(length))
+    made = DynamicMask.from_score(scores(length).detach()[:, :, 0], WINDOW)
+    dense_mask = made.to_dense()
+    out = flash_dmattn_func(query, key, value, dense_mask)
+    ms = median_ms(lambda: flash_dmattn_func(query, key, value, dense_mask))
+    given = median_ms(lambda: flash_dmattn_func(query, key, value, made))
+    heads_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+    expanded = dense_mask.repeat_interleave(HEADS // KV_HEADS, 1)
+    name = f"bool mask (1, {KV_HEADS}, N, N), the {WINDOW} best of each row, N {length}, forward"
+    yield result(
+        name, ms, error=error_of(out, query, key, value, None, under(made)),
+        peers=peers({
+            "SDPA with the mask": lambda: F.scaled_dot_product_attention(
+                *heads_first, attn_mask=expanded, enable_gqa=True
+            )
+        }),
+    )  # fmt: skip
+    read = 1e3 * dense_mask.numel() / READS
+    yield quantity(f"{name}, over reading the mask once and the forward of the dynamic mask", ms / (read + given), "x")
+
+
+def decode(length: int = 524288) -> Rows:
+    query, key, value = (x.detach() for x in inputs(length, query_len=1))
+    bias = scores(length).detach()
+    made = DynamicMask.from_score(bias[:, :, 0], WINDOW, query_len=1)
+    heads_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+
+    def in_graph(function: Callable[[], Tensor]) -> Callable[[], object]:
+        function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        return graph.replay
+
+    def attend(**options: object) -> Tensor:
+        return flash_dmattn_func(query, key, value, attn_bias=bias, is_causal=True, **options)
+
+    error = error_of(attend(attn_mask=made), query, key, value, bias, under(made))
+    sdpa = {
+        "SDPA FlashAttention, dense": in_graph(lambda: F.scaled_dot_product_attention(*heads_first, enable_gqa=True))
+    }
+    yield result(
+        f"decode, Q 1, K {length}, dynamic mask w {WINDOW} given, in a graph",
+        median_ms(in_graph(lambda: attend(attn_mask=made))), error=error, peers=peers(sdpa),
+    )  # fmt: skip
+    yield result(f"decode, Q 1, K {length}, dense, in a graph", median_ms(in_graph(attend)))
+
+
+def memory(length: int = 32768) -> Rows:
+    leaves, bias = inputs(length), scores(length)
+    grad_out = torch.randn_like(leaves[0])
+
+    def step() -> tuple[Tensor, ...]:
+        out = flash_dmattn_func(*leaves, attn_bias=bias, is_causal=True, keep_window_size=WINDOW)
+        return out, *torch.autograd.grad(out, (*leaves, bias), grad_out)
+
+    step()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = step()
+    extra = torch.cuda.max_memory_allocated() - before - sum(x.nbytes for x in results)
+    yield quantity(f"training step, N {length}, memory over inputs, outputs and gradients", extra / 1e9, "GB")
+
+
+def million() -> Rows:
+    window, per_token = 2048, []
+    for length in (65536, 1048576):
+        leaves, bias = inputs(length), scores(length)
+        grad_out = torch.randn_like(leaves[0])
+
+        def step(leaves: list = leaves, bias: Tensor = bias, grad_out: Tensor = grad_out) -> None:
+            out = flash_dmattn_func(*leaves, attn_bias=bias, is_causal=True, keep_window_size=window)
+            torch.autograd.grad(out, (*leaves, bias), grad_out)
+
+        ms = median_ms(step, repeats=3)
+        per_token.append(ms / length)
+        yield result(f"dynamic mask w {window}, N {length}, mask, forward and backward", ms)
+    yield quantity("the same, time per token at N 1048576 over that at 65536", per_token[1] / per_token[0], "x")
+
+
+def host() -> Rows:
+    """Wall clock of calls that nobody waits for."""
+    query, key, value = (x.detach() for x in inputs(256))
+    bias = scores(256).detach()
+    made = DynamicMask.from_score(bias[:, :, 0], 64)
+    heads_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+    out, lse = operators.forward(query, key, value, *[None] * 4, 0.1, 0.0, True, False)
+    rest = query, key, value, out, lse, *[None] * 4, 0.1, 0.0, True, False, False
+    calls = {
+        "torch's SDPA": lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True),
+        "torch's new_empty, twice": lambda: (query.new_empty(query.shape), query.new_empty(lse.shape)),
+        "operator forward, causal": lambda: operators.forward(query, key, value, *[None] * 4, 0.1, 0.0, True, False),
+        "operator backward, causal": lambda: operators.backward(out, None, *rest),
+        "operator forward, dynamic mask": lambda: operators.forward(
+            query, key, value, None, bias, made.end, made.survivors, 0.1, 0.0, True, False
+        ),
+        "operator dynamic_mask": lambda: operators.dynamic_mask(bias[:, :, 0], None, 64, 256, True),
+        "flash_dmattn_func, causal": lambda: flash_dmattn_func(query, key, value, is_causal=True),
+    }
+    for name, call in calls.items():
+        samples = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            samples.append((time.perf_counter() - start) / 50)
+        yield quantity(f"host time per call, {name}", 1e6 * statistics.median(samples[1:]), "µs")
+
+
+FIRST_CALL = """
+import time, torch, sys
+from flash_dmattn import DynamicMask, flash_dmattn_func
+def attend(length, **options):
+    query, key, value = (torch.randn(1, length, h, 128, device="cuda").bfloat16().requires_grad_() for h in (2, 1, 1))
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    out = flash_dmattn_func(query, key, value, is_causal=True)
+    torch.cuda.synchronize()
+    middle = time.perf_counter()
+    torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    torch.cuda.synchronize()
+    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
+torch.zeros(1, device="cuda")
+print(*attend(512), *attend(768))
+"""
+
+
+def first_call() -> Rows:
+    """Wall clock of a process's first forward and backward, with an empty kernel cache and with a full one."""
+    with tempfile.TemporaryDirectory() as folder:
+        for cache in ("empty", "filled"):
+            ran = subprocess.run(
+                [sys.executable, "-c", FIRST_CALL], env={**os.environ, "FLASH_DMATTN_CACHE_DIR": folder},
+                capture_output=True, text=True,
+            )  # fmt: skip
+            if ran.returncode:
+                raise RuntimeError(ran.stderr)
+            times = [float(ms) for ms in ran.stdout.split()]
+            for name, ms in zip(
+                ("forward", "backward", "forward, other length", "backward, other length"), times, strict=True
+            ):
+                yield quantity(f"first call, kernel cache {cache}, {name}", ms, "ms")
+
+
+CASES: dict[str, Callable[[], Rows]] = {
+    "mask": mask,
+    "dynamic": dynamic,
+    "dense": dense,
+    "bool-mask": bool_mask,
+    "decode": decode,
+    "memory": memory,
+    "million": million,
+    "host": host,
+    "first-call": first_call,
+}
+
+
+def report(row: dict) -> None:
+    line = f"{row['case']:<100}"
+    if "ms" in row:
+        line += f" {row['ms']:9.4f} ms"
+    if "tflops" in row:
+        line += f" {row['tflops']:6.0f} TFLOP/s"
+    if "value" in row:
+        line += f" {row['value']:9.2f} {row['unit']}"
+    for name, ms in row.get("peers", {}).items():
+        line += f"   {name} {ms if isinstance(ms, str) else format(ms, '.3f') + ' ms'}"
+    if not row.get("right", True):
+        line += f"   WRONG: relative error {row['error']:.1e}"
+    if "failed" in row:
+        line += f" FAILED: {row['failed']}"
+    print(line, flush=True)
+
+
+def run(name: str) -> Rows:
+    """The case's rows, the last of them its failure if it fails."""
+    try:
+        for row in CASES[name]():
+            report(row)
+            yield row
+    except Exception as error:
+        traceback.print_exc()
+        row = {"case": name, "failed": f"{type(error).__name__}: {error}".splitlines()[0]}
+        report(row)
+        yield row
+    torch.cuda.empty_cache()
+
+
+def machine() -> dict:
+    def output_of(*command: str) -> str:
+        with contextlib.suppress(OSError):
+            return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return ""
+
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": os.environ.get("FLASH_DMATTN_COMMIT") or output_of("git", "rev-parse", "HEAD"),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "shape": f"B 1, H {HEADS}, Hk {KV_HEADS}, D {HEAD_DIM}, {str(DTYPE).removeprefix('torch.')}",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="where to write the results as JSON")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    options = parser.parse_args()
+    described = machine()
+    print(", ".join(f"{name} {value}" for name, value in described.items()))
+    rows: list[dict] = []
+    with torch.device("cuda"):
+        for name in options.cases:
+            start = time.perf_counter()
+            rows.extend(run(name))
+            print(f"  ({name}: {time.perf_counter() - start:.0f} s)", flush=True)
+            if options.out:  # after each case: nothing is lost
+                options.out.write_text(json.dumps({"machine": described, "results": rows}, indent=1) + "\n")
+    return 0 if all(row.get("right", True) and "failed" not in row for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
