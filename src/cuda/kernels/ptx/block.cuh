@@ -9,6 +9,13 @@ __forceinline__ int thread_index() {
   __builtin_assume(index >= 0 && index < 1024);  // divisions by constants are then shifts and masks
   return index;
 }
+/// The same, read anew by every call: what follows from it needs no register in between.
+__forceinline__ int thread_index_anew() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  __builtin_assume(index >= 0 && index < 1024);
+  return index;
+}
 __forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
 /// Read anew by every call: what follows from it needs no register in between.
 __forceinline__ int block_index() {

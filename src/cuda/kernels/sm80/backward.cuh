@@ -54,15 +54,10 @@ struct Backward {
   Shared& shared;
   BackwardNumbers<kKeys, kRows, kStages>& numbers;
   const int thread, lane, warp;
-  const int warp_key;   // first of the warp's 16 keys
-  const int warp_part;  // which part of the rows and columns it has
-  int b, unit, run_index, kv_head;
-  int first_query, rows;  // of the run
-  int tile;               // of keys
-  KeyList list;
-  i64 row_tiles;  // of all runs before this one
+  const int warp_key;        // first of the warp's 16 keys
+  const int warp_part;       // which part of the rows and columns it has
+  const BackwardWork& work;  // read where it is needed: registers are scarce
   Sums grad_key, grad_value;
-  float bias_sum[2];  // of the thread's two keys
 
   Backward(const Params& given, Shared& memory)
       : params(given),
@@ -72,7 +67,8 @@ struct Backward {
         lane(thread % kWarp),
         warp(thread / kWarp),
         warp_key(warp % kKeyGroups * 16),
-        warp_part(warp / kKeyGroups) {}
+        warp_part(warp / kKeyGroups),
+        work(memory.numbers.work) {}
 
   // ---- which tile of which list
 
@@ -95,50 +91,59 @@ struct Backward {
     int number = block_index();
     if constexpr (kOptions.deterministic) {
       // Blocks may start in any order, but none may wait for one that has not started.
-      if (thread == 0) numbers.ticket = fetch_add(params.ticket, 1);
+      if (thread == 0) numbers.work.ticket = fetch_add(params.ticket, 1);
       sync_block();
-      number = numbers.ticket;
+      number = work.ticket;
     }
     const int group_size = params.key_tiles * params.group, group = number / group_size;
     const int within = number % group_size, index = group * params.group + within % params.group;
-    tile = within / params.group;
     if (index >= entries()) return false;
+    const Shape& shape = params.shape;
     const Entry found = entry(index);
-    b = found.b, unit = found.unit, run_index = found.run;
-    list = params.plan.list(params.shape, b, unit, run_index);
+    const int tile = within / params.group, first_query = found.run * params.plan.run;
+    const KeyList list = params.plan.list(shape, found.b, found.unit, found.run);
     if (static_cast<i64>(tile) * kKeys >= list.count) return false;
-    kv_head = params.shape.kv_head(unit);
-    first_query = run_index * params.plan.run;
-    rows = least(params.plan.run, params.shape.query_len - first_query) * params.shape.pack;
-    const i64 run_rows = static_cast<i64>(params.plan.run) * params.shape.pack;
-    row_tiles =
-        ((static_cast<i64>(b) * params.shape.units() + unit) * params.plan.runs + run_index) * (run_rows / kRows);
-    if constexpr (kOptions.deterministic) {
-      if (warp == 0) count_turns(index);
+    if (warp == 0) {
+      const int kv_head = shape.kv_head(found.unit);
+      const int turn = kOptions.deterministic ? blocks_before(index, tile, found.b, kv_head) : 0;
+      const i64 runs_before = (static_cast<i64>(found.b) * shape.units() + found.unit) * params.plan.runs + found.run;
+      if (lane == 0)
+        numbers.work = {.b = found.b,
+                        .unit = found.unit,
+                        .run = found.run,
+                        .kv_head = kv_head,
+                        .tile = tile,
+                        .first_query = first_query,
+                        .rows = least(params.plan.run, shape.query_len - first_query) * shape.pack,
+                        .turn = turn,
+                        .ticket = number,
+                        .list = list,
+                        .row_tiles = runs_before * (params.plan.run * shape.pack / kRows)};
     }
+    sync_block();
     return true;
   }
 
-  /// Deterministic: how many blocks add to this KV head's sums before this one.
-  void count_turns(int index) {
+  /// Deterministic: how many blocks add to the sums of this KV head before the one of a list and a tile.
+  int blocks_before(int index, int tile, int b, int kv_head) const {
     const int group = index / params.group;
     int before = 0;
     for (int i = lane; i < entries(); i += kWarp) {
       const Entry other = entry(i);
-      if (other.b != b || params.shape.kv_head(other.unit) != kv_head) continue;
-      const int its_group = i / params.group, its_tiles = tiles_of(other);
-      if (its_group > group) continue;
+      const int its_group = i / params.group;
+      if (other.b != b || params.shape.kv_head(other.unit) != kv_head || its_group > group) continue;
+      const int its_tiles = tiles_of(other);
       if (!params.plan.lists)
         before += i < index && its_tiles > tile;
       else
         before += its_group < group ? its_tiles : least(its_tiles, tile + (i < index));
     }
     for (int mask = 16; mask > 0; mask /= 2) before += shuffle_xor(before, mask);
-    if (lane == 0) numbers.turn = before;
+    return before;
   }
   int* key_turn() const {
-    const i64 head = static_cast<i64>(b) * params.shape.kv_heads + kv_head;
-    return params.key_turn + (params.plan.lists ? head : head * params.key_tiles + tile);
+    const i64 head = static_cast<i64>(work.b) * params.shape.kv_heads + work.kv_head;
+    return params.key_turn + (params.plan.lists ? head : head * params.key_tiles + work.tile);
   }
   static void wait_for(const int* turn, int value) {
     while (load_acquired(turn) != value) {
@@ -156,18 +161,19 @@ struct Backward {
   }
 
   void copy_row_tile(const Rows& from, RowTile& to, int row_tile) {
-    const u16* const base = from.at<u16>(b, first_query, unit * params.shape.pack);
-    copy_rows<kThreads>(to, thread, [&](int row, int column) {
+    const u16* const base = from.at<u16>(work.b, work.first_query, work.unit * params.shape.pack);
+    copy_rows<kThreads>(to, thread_index_anew(), [&](int row, int column) {
       const int r = row_tile * kRows + row;
       const Row at = row_at(r);
-      return Source{base + (r < rows ? at.query * from.position + at.head * from.head + column : 0), r < rows};
+      return Source{base + (r < work.rows ? at.query * from.position + at.head * from.head + column : 0),
+                    r < work.rows};
     });
   }
   /// Starts copying what belongs to a tile of rows.
   void copy_rows_of(int row_tile, int stage) {
     copy_row_tile(params.query, shared.query[stage], row_tile);
     copy_row_tile(params.grad_out, shared.grad_out[stage], row_tile);
-    const i64 first = (row_tiles + row_tile) * kRows;
+    const i64 first = (work.row_tiles + row_tile) * kRows;
     constexpr int kCopies = kRows / 4;
     if (thread < 2 * kCopies) {
       const int i = thread % kCopies * 4;
@@ -191,21 +197,23 @@ struct Backward {
   void read_keys() {
     const Plan& plan = params.plan;
     for (int i = thread; i < kKeys; i += kThreads) {
-      const int index = tile * kKeys + i;
-      const bool exists = index < list.count;
-      const int position = exists ? plan.key(list, index) : 0;
+      const int index = work.tile * kKeys + i;
+      const bool exists = index < work.list.count;
+      const int position = exists ? plan.key(work.list, index) : 0;
       numbers.position[i] = exists ? position : -1;
       float bias = 0;
       if constexpr (kOptions.bias == BiasKind::per_key)
-        bias = scaled_bias(bias_at(params.bias.offset(b, unit * params.shape.pack, 0, position)));
+        bias = scaled_bias(bias_at(params.bias.offset(work.b, work.unit * params.shape.pack, 0, position)));
       numbers.bias[i] = exists ? bias : -kInfinity;
+      for (int part = 0; part < kSplit; ++part) numbers.bias_sum[part][i] = 0;
       if constexpr (kOptions.test == Test::interval) {
         Interval seen{0, 0};
-        if (exists) seen = index < list.full ? Interval{kSmallest, kLargest} : plan.interval(b, unit, position);
-        const i64 first = static_cast<i64>(first_query) + params.shape.first_position();
+        if (exists)
+          seen = index < work.list.full ? Interval{kSmallest, kLargest} : plan.interval(work.b, work.unit, position);
+        const i64 first = static_cast<i64>(work.first_query) + params.shape.first_position();
         const int pack = params.shape.pack;
         const auto row_of = [&](int p) {
-          return static_cast<int>(most<i64>(0, least<i64>(p - first, rows / pack))) * pack;
+          return static_cast<int>(most<i64>(0, least<i64>(p - first, work.rows / pack))) * pack;
         };
         numbers.start[i] = exists ? row_of(seen.start) : 0;
         numbers.end[i] = exists ? row_of(seen.end) : 0;
@@ -213,7 +221,7 @@ struct Backward {
     }
     sync_block();
     const auto copy = [&](const Rows& from, KeyTile& to) {
-      const u16* const base = from.at<u16>(b, 0, kv_head);
+      const u16* const base = from.at<u16>(work.b, 0, work.kv_head);
       copy_rows<kThreads>(to, thread, [&](int row, int column) {
         const int position = numbers.position[row];
         return Source{base + most(position, 0) * from.position + column, position >= 0};
@@ -231,20 +239,20 @@ struct Backward {
 
   /// Test::bits: bit i says whether the position row_at(row_tile * kRows).query + i sees the key.
   u64 bits_of_key(int key, int row_tile) const {
-    const int index = tile * kKeys + key;
-    if (index >= list.count) return 0;
-    if (index < list.full) return ~u64{0};
+    const int index = work.tile * kKeys + key;
+    if (index >= work.list.count) return 0;
+    if (index < work.list.full) return ~u64{0};
     const int words = params.plan.words, first = row_at(row_tile * kRows).query, word = first / 32;
-    const u32* const bits = params.plan.bits + (list.offset + index) * words;
+    const u32* const bits = params.plan.bits + (work.list.offset + index) * words;
     const u64 high = word + 1 < words ? bits[word + 1] : 0;
     return (high << 32 | bits[word]) >> first % 32;
   }
 
   /// Which tiles of rows any key sees, and whether every row sees every key.
   void find_row_tiles() {
-    const int count = divide_up(rows, kRows);
+    const int count = divide_up(work.rows, kRows);
     for (int t = warp; t < count; t += kThreads / kWarp) {
-      const int first = t * kRows, last = least(first + kRows, rows);
+      const int first = t * kRows, last = least(first + kRows, work.rows);
       bool any = false, all = true;
       for (int i = lane; i < kKeys; i += kWarp) {
         if constexpr (kOptions.test == Test::interval) {
@@ -349,16 +357,15 @@ struct Backward {
   int key_of(int half) const { return warp_key + lane / 4 + 8 * half; }
 
   /// Where the values of a full bias, or of its gradient, stand: of_row(row) + of_key(position).
-  template <class AnyBias>
   struct BiasOffsets {
     i64 base, query, head;
-
-    BiasOffsets(const AnyBias& bias, const Backward& block)
-        : base(bias.offset(block.b, block.unit * block.params.shape.pack, block.first_query, 0)),
-          query(bias.query),
-          head(bias.heads_per_head == 1 ? bias.head : 0) {}
     i64 of_row(const Row& row) const { return base + row.query * query + row.head * head; }
   };
+  template <class AnyBias>
+  BiasOffsets offsets_of(const AnyBias& bias) const {
+    return {bias.offset(work.b, work.unit * params.shape.pack, work.first_query, 0), bias.query,
+            bias.heads_per_head == 1 ? bias.head : 0};
+  }
 
   /// From products to probabilities; with softcap also its derivative, in 16 bits.
   void exponentiate(Scores& s, u32 (&slope)[kColumnTiles][2], int stage, int row_tile, bool is_tested) {
@@ -378,11 +385,11 @@ struct Backward {
       }
     }
     if constexpr (kOptions.bias == BiasKind::full) {
-      const BiasOffsets offsets(params.bias, *this);
+      const BiasOffsets offsets = offsets_of(params.bias);
       const i64 of_key[2] = {most(numbers.position[key_of(0)], 0) * params.bias.key,
                              most(numbers.position[key_of(1)], 0) * params.bias.key};
       each_score(row_tile, [&](int n, int i, int row, int half) {
-        const float x = scaled_bias(bias_at(offsets.of_row(row_at(least(row, rows - 1))) + of_key[half]));
+        const float x = scaled_bias(bias_at(offsets.of_row(row_at(least(row, work.rows - 1))) + of_key[half]));
         s[n][i] = multiply_add(s[n][i], params.factor, x + bias[half]);
       });
     }
@@ -426,13 +433,17 @@ struct Backward {
       for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - delta[8 * n + i % 2]);
     if constexpr (kOptions.bias == BiasKind::per_key) {
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n)
+      for (int half = 0; half < 2; ++half) {
+        float sum = 0;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) bias_sum[i / 2] += ds[n][i];
+        for (int n = 0; n < kColumnTiles; ++n) sum += ds[n][2 * half] + ds[n][2 * half + 1];
+        sum = quad_sum(sum);
+        if (lane % 4 == 0) numbers.bias_sum[warp_part][key_of(half)] += sum;
+      }
     }
     if constexpr (kOptions.bias == BiasKind::full) {
       if (params.grad_bias.data) {
-        const BiasOffsets offsets(params.grad_bias, *this);
+        const BiasOffsets offsets = offsets_of(params.grad_bias);
         const i64 of_key[2] = {numbers.position[key_of(0)] * params.grad_bias.key,
                                numbers.position[key_of(1)] * params.grad_bias.key};
         each_score(row_tile, [&](int n, int i, int row, int half) {
@@ -453,6 +464,7 @@ struct Backward {
   /// Adds the product of dS and the keys to dQ.
   void add_query_gradient(ScoreTile& grad_score, int row_tile) {
     constexpr int kGroups = kConfig.column_groups(), kM = kConfig.dq_row_tiles(), kN = kConfig.dq_pairs();
+    const int thread = thread_index_anew(), lane = thread % kWarp, warp = thread / kWarp;
     const int first_row = warp / kGroups * kM * 16, first_pair = warp % kGroups * kN;
     const u16* const scores = grad_score.at(lane % 8 + lane / 16 * 8, first_row + lane / 8 % 2 * 8);
     const u16* const keys = transposed_operand(shared.key, lane) + first_pair * 16;
@@ -474,7 +486,7 @@ struct Backward {
           }
         }
     }
-    float* const to = params.grad_query + (row_tiles + row_tile) * kConfig.dq_size() +
+    float* const to = params.grad_query + (work.row_tiles + row_tile) * kConfig.dq_size() +
                       (warp * kConfig.dq_blocks() * kWarp + lane) * 4;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
@@ -488,10 +500,10 @@ struct Backward {
 
   // Deterministic: tiles of keys add to a tile of dQ in their order.
   void wait_for_rows(int row_tile) const {
-    if (kOptions.deterministic && thread == 0) wait_for(params.query_turn + row_tiles + row_tile, tile);
+    if (kOptions.deterministic && thread == 0) wait_for(params.query_turn + work.row_tiles + row_tile, work.tile);
   }
   void pass_rows(int row_tile) const {
-    if (kOptions.deterministic && thread == 0) add_released(params.query_turn + row_tiles + row_tile, 1);
+    if (kOptions.deterministic && thread == 0) add_released(params.query_turn + work.row_tiles + row_tile, 1);
   }
 
   // ---- the block
@@ -505,7 +517,6 @@ struct Backward {
     for (int n = 0; n < 2 * kOwnPairs; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) grad_key[n][i] = grad_value[n][i] = 0;
-    bias_sum[0] = bias_sum[1] = 0;
 
     constexpr int kDelay = kDelayed ? 1 : 0;  // dQ of a tile is added in the next one's turn
 #pragma unroll 1
@@ -565,12 +576,7 @@ struct Backward {
 
   void add_key_gradients(int count) {
     const bool with_bias = kOptions.bias == BiasKind::per_key && params.grad_key_bias;
-    if (with_bias) {
-      const float sums[2] = {quad_sum(bias_sum[0]), quad_sum(bias_sum[1])};
-      if (lane % 4 == 0)
-        numbers.bias_sum[warp_part][key_of(0)] = sums[0], numbers.bias_sum[warp_part][key_of(1)] = sums[1];
-    }
-    if (kOptions.deterministic && thread == 0) wait_for(key_turn(), numbers.turn);
+    if (kOptions.deterministic && thread == 0) wait_for(key_turn(), work.turn);
     if (with_bias || kOptions.deterministic) sync_block();
     if (kOptions.deterministic && count > 0) pass_rows(row_tile(count - 1));
     if (count > 0) {
@@ -579,7 +585,8 @@ struct Backward {
         const int position = numbers.position[key_of(half)];
         if (position < 0) continue;
         const i64 row =
-            ((static_cast<i64>(b) * params.shape.key_len + position) * params.shape.kv_heads + kv_head) * kDim +
+            ((static_cast<i64>(work.b) * params.shape.key_len + position) * params.shape.kv_heads + work.kv_head) *
+                kDim +
             warp_part * kOwnPairs * 16 + lane % 4 * 4;
 #pragma unroll
         for (int pair = 0; pair < kOwnPairs; ++pair)
@@ -595,7 +602,8 @@ struct Backward {
       if (with_bias && thread < kKeys && numbers.position[thread] >= 0) {
         float sum = 0;
         for (int part = 0; part < kSplit; ++part) sum += numbers.bias_sum[part][thread];
-        add_to(params.grad_key_bias + (static_cast<i64>(b) * params.shape.units() + unit) * params.shape.key_len +
+        add_to(params.grad_key_bias +
+                   (static_cast<i64>(work.b) * params.shape.units() + work.unit) * params.shape.key_len +
                    numbers.position[thread],
                sum);
       }
@@ -603,10 +611,10 @@ struct Backward {
     if constexpr (kOptions.deterministic) {
       sync_block();
       if (thread == 0) add_released(key_turn(), 1);
-      for (int t = thread; t < divide_up(rows, kRows); t += kThreads)
+      for (int t = thread; t < divide_up(work.rows, kRows); t += kThreads)
         if (numbers.seen[t] == 0) {
-          wait_for(params.query_turn + row_tiles + t, tile);
-          add_released(params.query_turn + row_tiles + t, 1);
+          wait_for(params.query_turn + work.row_tiles + t, work.tile);
+          add_released(params.query_turn + work.row_tiles + t, 1);
         }
     }
   }

@@ -49,23 +49,36 @@ struct BackwardConfig {
 constexpr int backward_run(int pack) { return most(128, least(512, 1024 / pack / 64 * 64)); }
 constexpr int kMostRowTiles = 256;  ///< of a run of at most 64 * 128 rows
 
-/// What stands in shared memory beside the tiles.
+/// Which tile of which list a block has.
+struct BackwardWork {
+  int b, unit, run, kv_head;
+  int tile;  ///< of keys
+  int first_query;
+  int rows;  ///< of the run
+  int turn;  ///< deterministic: blocks that add to the same dK and dV before
+  int ticket;
+  KeyList list;
+  i64 row_tiles;  ///< of all runs before this one
+};
+
+/// What stands in shared memory beside the tiles of numbers.
 template <int kKeys, int kRows, int kStages>
 struct BackwardNumbers {
   float lse[kStages][kRows], delta[kStages][kRows];
   float bias[kKeys];             // in base 2; -inf beyond the end of the list
   int position[kKeys];           // -1 beyond the end of the list
   int start[kKeys], end[kKeys];  // Test::interval: the rows of the run that see the key
-  float bias_sum[2][kKeys];
-  u16 tiles[kMostRowTiles];  // those that any key sees, and which of them need tests
+  float bias_sum[2][kKeys];      // of the rows so far, for each of the warps that share a key
+  u16 tiles[kMostRowTiles];      // those that any key sees, and which of them need tests
   unsigned char seen[kMostRowTiles];
-  int tile_count, ticket, turn;
+  int tile_count;
+  BackwardWork work;
 };
 
 constexpr BackwardConfig backward_config(int arch, int head_dim) {
   const auto make = [&](int keys, int rows, int split, int stages, int dq_stages) {
     const int pitch = tile_pitch(head_dim) * 2, score_tiles = dq_stages + (split > 1 ? 1 : 0);
-    const int numbers = stages * rows * 8 + keys * 24 + kMostRowTiles * 3 + 16;
+    const int numbers = stages * rows * 8 + keys * 24 + kMostRowTiles * 3 + 80;
     return BackwardConfig{
         head_dim,
         keys,

@@ -6,6 +6,7 @@
 namespace flash_dmattn::cuda {
 
 inline int thread_index() { return emulator::self->index; }
+inline int thread_index_anew() { return thread_index(); }
 inline int block_threads() { return emulator::self->block->threads; }
 inline int block_index() { return emulator::self->block->index[0]; }
 inline int block_index_y() { return emulator::self->block->index[1]; }
