@@ -14,7 +14,7 @@ oldest := $(VENV)-torch-$(OLDEST_TORCH)
 pip_install := -m pip install --quiet --disable-pip-version-check
 engine_files := $(shell find include src cmake CMakeLists.txt -type f)
 package_files := $(engine_files) $(shell find python -type f -name '*.py') pyproject.toml
-cpp_files = $(shell find include src tests/cpp examples/cpp benchmarks -name '*.h' -o -name '*.cpp')
+cpp_files = $(shell find include src tests/cpp examples/cpp benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh')
 python_files := python tests/python examples benchmarks docs
 
 .PHONY: demo test test-cpp test-python test-kernels test-wheel test-sanitizers test-address test-thread kernels lint format
