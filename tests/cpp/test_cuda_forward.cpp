@@ -3,6 +3,7 @@
 #include "check.h"
 #include "emulator.h"
 #include "flash_dmattn/cuda.h"
+#include "mask/plan_bits.cuh"
 #include "reference.h"
 #include "sm80/combine.cuh"
 #include "sm80/forward.cuh"
@@ -28,6 +29,8 @@ FORWARD(90, 256, Number::float16, Test::interval, BiasKind::none, false, 128, fa
 EMULATE(Combine<CombineOptions{90, Number::bfloat16}>);
 EMULATE(Probabilities<ProbabilitiesOptions{90, 8, Number::bfloat16, Test::interval, BiasKind::per_key, false}>);
 EMULATE(ZeroMatrix);
+EMULATE(PackMask);
+EMULATE(BitLists);
 
 using namespace test;
 
@@ -149,6 +152,17 @@ TEST(cuda_forward_of_huge_biases_is_finite) {
     EmulatedStream stream(90, 1);
     const Results got = run(in, stream);
     CHECK(std::isfinite(difference(got.out, Tensor<4>(DType::float32, got.out.size).fill([] { return 0.0; }))));
+  }
+}
+
+// Heads share a mask by ones, twos and threes: the bits of a warp's rows begin anywhere in a word.
+TEST(cuda_forward_of_dense_masks) {
+  Random random(10);
+  for (const std::int64_t group : {1, 2, 3}) {
+    Inputs in = make_inputs(random, {1, 150, 170, 2 * group, 2, 8});
+    in.mask.emplace(DType::boolean, Index<4>{1, 2, 150, 170});
+    in.mask->fill([&] { return random.chance(0.4); });
+    check_forward(in);
   }
 }
 
