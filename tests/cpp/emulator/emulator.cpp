@@ -426,8 +426,9 @@ void EmulatedStream::launch_bytes(const Kernel& kernel, Grid grid, int threads, 
   require(grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535, "too many blocks");
   launched_.push_back(kernel.name);
 
-  emulator::Launch launch(emulated, grid, shared_bytes, params, multiprocessors_ * emulated.blocks_per_multiprocessor,
-                          seed_++);
+  constexpr int kMostThreads = 4096;
+  const int resident = most(least(multiprocessors_ * emulated.blocks_per_multiprocessor, kMostThreads / threads), 1);
+  emulator::Launch launch(emulated, grid, shared_bytes, params, resident, seed_++);
   emulator::launch = &launch;
   try {
     launch.run();

@@ -64,9 +64,11 @@ struct Probabilities {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const int column = 8 * n + scores.lane % 4 * 2 + i;
-            if (column < left)
-              probs[scores.shared.position[tile % 4][column] * params.probs.key] =
-                  from_float<T>(fast_exp2(multiply_add(s[m][n][2 * half + i], params.scores.logits.factor, -offset)));
+            if (column >= left) continue;
+            // At most 1, however coarsely huge logits are rounded.
+            const float logit = multiply_add(s[m][n][2 * half + i], params.scores.logits.factor, -offset);
+            probs[scores.shared.position[tile % 4][column] * params.probs.key] =
+                from_float<T>(fast_exp2(minimum(logit, 0.0f)));
           }
       }
   }
