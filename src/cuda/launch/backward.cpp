@@ -78,7 +78,7 @@ class Pass {
                  .bias = bias_.kind,
                  .softcap = problem.softcap > 0,
                  .deterministic = deterministic},
-        config_(backward_config(options_.arch, options_.head_dim)),
+        config_(backward_config(options_.arch, options_.head_dim, options_.bias)),
         shape_(make_shape(problem, kMostPack)) {
     if (bias_.per_query_head || (deterministic && bias_.is_shared)) shape_.pack = 1;
     shape_.head_dim = options_.head_dim;

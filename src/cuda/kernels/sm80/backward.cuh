@@ -16,7 +16,7 @@ namespace flash_dmattn::cuda {
 
 template <BackwardOptions kOptions>
 struct Backward {
-  static constexpr BackwardConfig kConfig = backward_config(kOptions.arch, kOptions.head_dim);
+  static constexpr BackwardConfig kConfig = backward_config(kOptions.arch, kOptions.head_dim, kOptions.bias);
   static constexpr int kThreads = kConfig.threads(), kBlocksPerMultiprocessor = 1;
   using Params = BackwardParams;
 
@@ -48,6 +48,7 @@ struct Backward {
     ScoreTile& probability() { return grad_score[kConfig.dq_stages]; }  // kSplit > 1
     BackwardNumbers<kKeys, kRows, kStages> numbers;
   };
+  static_assert(kConfig.has_dq_of(backward_config(kOptions.arch, kOptions.head_dim)));
   static_assert(sizeof(Shared) <= kConfig.shared_bytes && kConfig.shared_bytes <= shared_capacity(kOptions.arch));
 
   const Params& params;
@@ -333,14 +334,17 @@ struct Backward {
       add_rows(sums, a, row_columns + row * kPitch);
     }
   }
-  void store(ScoreTile& to, const Scores& scores) const {
-    u16* const at = to.at(warp_key + lane / 4, warp_part * kPartRows + lane % 4 * 2);
+  /// use(n, half, two) where two of the thread's scores stand: accumulators [n][2 * half] and the next.
+  template <class Use>
+  void each_two(ScoreTile& tile, const Use& use) const {
+    u16* const at = tile.at(warp_key + lane / 4, warp_part * kPartRows + lane % 4 * 2);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        *reinterpret_cast<u32*>(at + half * 8 * kScorePitch + n * 8) =
-            pack<T>(scores[n][2 * half], scores[n][2 * half + 1]);
+      for (int half = 0; half < 2; ++half) use(n, half, *reinterpret_cast<u32*>(at + half * 8 * kScorePitch + n * 8));
+  }
+  void store(ScoreTile& to, const Scores& scores) const {
+    each_two(to, [&](int n, int half, u32& two) { two = pack<T>(scores[n][2 * half], scores[n][2 * half + 1]); });
   }
 
   // ---- scores of a tile
@@ -367,22 +371,21 @@ struct Backward {
             bias.heads_per_head == 1 ? bias.head : 0};
   }
 
-  /// From products to probabilities; with softcap also its derivative, in 16 bits.
-  void exponentiate(Scores& s, u32 (&slope)[kColumnTiles][2], int stage, int row_tile, bool is_tested) {
+  /// From products to probabilities. The derivative of softcap stays where dS will be, in 16 bits.
+  void exponentiate(Scores& s, ScoreTile& slope, int stage, int row_tile, bool is_tested) {
     const float* const lse = numbers.lse[stage] + warp_part * kPartRows + lane % 4 * 2;
     const float bias[2] = {numbers.bias[key_of(0)], numbers.bias[key_of(1)]};
     if constexpr (kOptions.softcap) {
+      each_two(slope, [&](int n, int half, u32& two) {
+        float t[2];
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n) {
-        float t[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          t[i] = multiply_add(-2, fast_reciprocal(1 + fast_exp2(s[n][i] * params.logits.inner)), 1);
-          s[n][i] = t[i] * params.logits.cap;
-          t[i] = multiply_add(-t[i], t[i], 1);
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[n][2 * half + i];
+          t[i] = multiply_add(-2, fast_reciprocal(1 + fast_exp2(x * params.logits.inner)), 1);
+          x = t[i] * params.logits.cap;
         }
-        slope[n][0] = pack<float16>(t[0], t[1]), slope[n][1] = pack<float16>(t[2], t[3]);
-      }
+        two = pack<float16>(multiply_add(-t[0], t[0], 1), multiply_add(-t[1], t[1], 1));
+      });
     }
     if constexpr (kOptions.bias == BiasKind::full) {
       const BiasOffsets offsets = offsets_of(params.bias);
@@ -424,8 +427,7 @@ struct Backward {
   }
 
   /// From dP to dS.
-  void differentiate_softmax(Scores& ds, const Scores& p, const u32 (&slope)[kColumnTiles][2], int stage,
-                             int row_tile) {
+  void differentiate_softmax(Scores& ds, const Scores& p, ScoreTile& slope, int stage, int row_tile) {
     const float* const delta = numbers.delta[stage] + warp_part * kPartRows + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
@@ -451,12 +453,11 @@ struct Backward {
         });
       }
     }
-    if constexpr (kOptions.softcap) {
+    if constexpr (kOptions.softcap)
+      each_two(slope, [&](int n, int half, u32 two) {
 #pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) ds[n][i] *= to_float(float16{static_cast<u16>(slope[n][i / 2] >> i % 2 * 16)});
-    }
+        for (int i = 0; i < 2; ++i) ds[n][2 * half + i] *= to_float(float16{static_cast<u16>(two >> i * 16)});
+      });
   }
 
   // ---- dQ
@@ -469,7 +470,8 @@ struct Backward {
     const u16* const scores = grad_score.at(lane % 8 + lane / 16 * 8, first_row + lane / 8 % 2 * 8);
     const u16* const keys = transposed_operand(shared.key, lane) + first_pair * 16;
     float sums[kM][2 * kN][4] = {};
-#pragma unroll
+    // Where dK has just been made, a loop keeps its products from mixing with these: registers would run out.
+#pragma unroll(kDelayed ? kKeyGroups : kKeyGroups / 2)
     for (int key = 0; key < kKeys; key += 16) {
       u32 a[kM][4];
 #pragma unroll
@@ -553,16 +555,15 @@ struct Backward {
   void work_at(int row_tile, bool is_tested, int stage, ScoreTile& grad_score) {
     const int part_row = warp_part * kPartRows, part_column = warp_part * kOwnPairs * 16;
     Scores p, ds;
-    u32 slope[kColumnTiles][2];
     multiply(p, rows_operand(shared.key, warp_key, lane),
              columns_operand(shared.query[stage], lane) + part_row * kPitch);
-    exponentiate(p, slope, stage, row_tile, is_tested);
+    exponentiate(p, grad_score, stage, row_tile, is_tested);
     const u16* const grad_out = transposed_operand(shared.grad_out[stage], lane) + part_column;
     const u16* const query = transposed_operand(shared.query[stage], lane) + part_column;
     if constexpr (kSplit == 1) add_own(grad_value, p, grad_out);
     multiply(ds, rows_operand(shared.value, warp_key, lane),
              columns_operand(shared.grad_out[stage], lane) + part_row * kPitch);
-    differentiate_softmax(ds, p, slope, stage, row_tile);
+    differentiate_softmax(ds, p, grad_score, stage, row_tile);
     store(grad_score, ds);
     if constexpr (kSplit == 1) {
       add_own(grad_key, ds, query);

@@ -43,6 +43,9 @@ struct BackwardConfig {
   constexpr int dq_blocks() const { return dq_row_tiles() * dq_pairs() * 2; }
   /// Floats of a tile of dQ: what each thread holds of each 16 x 8 block stays together.
   constexpr int dq_size() const { return warps() * dq_blocks() * 128; }
+  constexpr bool has_dq_of(const BackwardConfig& other) const {
+    return rows == other.rows && warps() == other.warps() && head_dim == other.head_dim;
+  }
 };
 
 /// Query positions of a run: about 1024 rows, so that what belongs to a tile of keys is loaded and stored seldom.
@@ -75,7 +78,8 @@ struct BackwardNumbers {
   BackwardWork work;
 };
 
-constexpr BackwardConfig backward_config(int arch, int head_dim) {
+/// A full bias takes registers of its own. The tiles of dQ are the same with and without.
+constexpr BackwardConfig backward_config(int arch, int head_dim, BiasKind bias = BiasKind::none) {
   const auto make = [&](int keys, int rows, int split, int stages, int dq_stages) {
     const int pitch = tile_pitch(head_dim) * 2, score_tiles = dq_stages + (split > 1 ? 1 : 0);
     const int numbers = stages * rows * 8 + keys * 24 + kMostRowTiles * 3 + 80;
@@ -88,11 +92,10 @@ constexpr BackwardConfig backward_config(int arch, int head_dim) {
         dq_stages,
         round_up((2 * keys + 2 * stages * rows) * pitch + score_tiles * keys * tile_pitch(rows) * 2 + numbers, 128)};
   };
-  const BackwardConfig narrow[] = {make(128, 64, 1, 2, 2), make(128, 64, 1, 2, 1), make(128, 64, 1, 1, 1),
-                                   make(128, 32, 1, 1, 1)};
+  const BackwardConfig narrow[] = {make(128, 64, 1, 2, 2), make(128, 64, 1, 2, 1), make(128, 64, 1, 1, 1)};
   const BackwardConfig wide[] = {make(64, 64, 2, 2, 2), make(64, 64, 2, 2, 1), make(64, 64, 2, 1, 1),
                                  make(64, 32, 2, 1, 1), make(32, 32, 2, 1, 1)};
-  if (head_dim <= 128) {
+  if (head_dim <= (bias == BiasKind::full ? 64 : 128)) {
     for (const BackwardConfig& config : narrow)
       if (config.shared_bytes <= shared_capacity(arch)) return config;
   }
