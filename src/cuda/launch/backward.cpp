@@ -169,7 +169,7 @@ class Pass {
                           .key = 1,
                           .heads_per_head = static_cast<int>(shape_.heads / size[1])};
     }
-    params.key_tiles = divide_up(static_cast<int>(made.longest), config_.keys);
+    params.key_tiles = static_cast<int>((made.longest + config_.keys - 1) / config_.keys);
     params.inverse_pack = static_cast<u32>((1 << 20) / shape_.pack + 1);
     params.group = kGroup;
 
@@ -246,11 +246,14 @@ class Pass {
       return;
     }
     if (bias_sums_ == out.data) return;
-    BiasGradientParams params{.sums = bias_sums_,
-                              .size = {size(0), size(1), size(2), size(3)},
-                              .out = out.data,
-                              .stride = {out.stride[0], out.stride[1], out.stride[2], out.stride[3]},
-                              .is_float32 = is_float32};
+    BiasGradientParams params{};
+    params.sums = bias_sums_;
+    for (int i = 0; i < 4; ++i) {
+      params.size[i] = size(i);
+      params.stride[i] = out.stride[static_cast<std::size_t>(i)];
+    }
+    params.out = out.data;
+    params.is_float32 = is_float32;
     params.sums_key = 1;
     if (bias_.kind == BiasKind::per_key) {
       params.sums_head = out.size[3];

@@ -83,7 +83,8 @@ struct Backward {
             params.plan.runs - 1 - index / part.units / part.batches};
   }
   int tiles_of(const Entry& of) const {
-    return divide_up(params.plan.list(params.shape, of.b, of.unit, of.run).count, kKeys);
+    const int count = params.plan.list(params.shape, of.b, of.unit, of.run).count;
+    return count / kKeys + (count % kKeys != 0);
   }
 
   /// Blocks go over the tiles of a group of lists, all first tiles first: so those that add to the same rows of dQ work
@@ -197,9 +198,10 @@ struct Backward {
 
   void read_keys() {
     const Plan& plan = params.plan;
+    const int first_key = work.tile * kKeys;
     for (int i = thread; i < kKeys; i += kThreads) {
-      const int index = work.tile * kKeys + i;
-      const bool exists = index < work.list.count;
+      const bool exists = i < work.list.count - first_key;
+      const int index = exists ? first_key + i : 0;
       const int position = exists ? plan.key(work.list, index) : 0;
       numbers.position[i] = exists ? position : -1;
       float bias = 0;
@@ -230,6 +232,7 @@ struct Backward {
     };
     copy(params.key, shared.key);
     copy(params.value, shared.value);
+    commit_copies();
     zero_padding<kThreads>(shared.key, thread);
     zero_padding<kThreads>(shared.value, thread);
     for (int stage = 0; stage < kStages; ++stage) {
@@ -240,8 +243,8 @@ struct Backward {
 
   /// Test::bits: bit i says whether the position row_at(row_tile * kRows).query + i sees the key.
   u64 bits_of_key(int key, int row_tile) const {
-    const int index = work.tile * kKeys + key;
-    if (index >= work.list.count) return 0;
+    const int first_key = work.tile * kKeys, index = first_key + key;
+    if (key >= work.list.count - first_key) return 0;
     if (index < work.list.full) return ~u64{0};
     const int words = params.plan.words, first = row_at(row_tile * kRows).query, word = first / 32;
     const u32* const bits = params.plan.bits + (work.list.offset + index) * words;
