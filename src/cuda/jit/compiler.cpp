@@ -23,8 +23,9 @@ std::string translation_unit(const Kernel& kernel) {
          "using Kernel = " +
          kernel.name +
          ";\n"
-         "extern \"C\" __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerMultiprocessor)\n"
-         "kernel(const __grid_constant__ Kernel::Params params) {\n"
+         "extern \"C\" __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerMultiprocessor)\n" +
+         entry_name(kernel) +
+         "(const __grid_constant__ Kernel::Params params) {\n"
          "  extern __shared__ __align__(1024) char shared[];\n"
          "  Kernel::run(params, shared);\n"
          "}\n"
@@ -60,6 +61,8 @@ std::shared_ptr<Compilation> compilation_of(const std::string& key) {
 std::string cubin_arch(int arch) { return "sm_" + std::to_string(arch) + (arch == 90 ? "a" : ""); }
 
 }  // namespace
+
+std::string entry_name(const Kernel& kernel) { return "flash_dmattn_" + kernel.name.substr(0, kernel.name.find('<')); }
 
 Image image_of(const Kernel& kernel, const std::string& arch) {
   const Nvrtc& nvrtc = Nvrtc::get();

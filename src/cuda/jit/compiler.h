@@ -10,6 +10,9 @@ namespace flash_dmattn::cuda {
 /// The oldest compute capability that kernels are written for.
 constexpr int kOldestArch = 80;
 
+/// What a kernel is called in its image, and in profiles: "flash_dmattn_Forward".
+std::string entry_name(const Kernel& kernel);
+
 /// A cubin or PTX.
 using Image = std::shared_ptr<const std::string>;
 

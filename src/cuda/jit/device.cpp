@@ -74,7 +74,7 @@ CUfunction Device::load(const Kernel& kernel) const {
   CUmodule module;
   CUfunction function = nullptr;
   CUresult result = driver_.cuModuleLoadData(&module, image->data());
-  if (result == 0) result = driver_.cuModuleGetFunction(&function, module, "kernel");
+  if (result == 0) result = driver_.cuModuleGetFunction(&function, module, entry_name(kernel).c_str());
   // As much as a block may have: kernels have no shared memory but what is asked for at launch.
   if (result == 0)
     result = driver_.cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes_);
