@@ -203,7 +203,7 @@ TEST(copies_land_when_they_are_waited_for) {
     int *in = stream.allocate_array<int>(12), *out = stream.allocate_array<int>(16);
     for (int i = 0; i < 12; ++i) in[i] = i;
     stream.launch({"", "Copies<" + std::to_string(pending) + ">"}, {1}, 32, 64, Memory{out, in});
-    for (int i = 0; i < 16; ++i) CHECK_EQUAL(out[i], i / 4 >= 3 - pending ? -1 : i / 4 == 1 ? 0 : i);
+    for (int i = 0; i < 16; ++i) CHECK_EQUAL(out[i], i / 4 >= 3 - pending ? emulator::kPoison : i / 4 == 1 ? 0 : i);
   }
 }
 

@@ -250,15 +250,17 @@ void Launch::begin(RunningBlock& block, i64 index) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(fiber.stack.start(), kStackBytes);
 #endif
-    prepare(fiber.context, fiber.stack.start(), kStackBytes, start);
+    // The tops of stacks lie in different sets of the cache.
+    prepare(fiber.context, fiber.stack.start(), kStackBytes - i % 32 * 576, start);
     make_ready(&fiber);
   }
   constexpr int kAlignment = 1024;
   block.shared_bytes = shared_bytes_;
-  block.memory.assign(kAlignment + shared_bytes_ + kGuard, static_cast<char>(0xff));
+  block.memory.resize(kAlignment + shared_bytes_ + kGuard);
   void* start = block.memory.data();
   std::size_t space = block.memory.size();
   block.shared = static_cast<char*>(std::align(kAlignment, shared_bytes_, start, space));
+  poison(block.shared, static_cast<std::size_t>(shared_bytes_));
   std::memset(block.shared + shared_bytes_, kGuardByte, kGuard);
 }
 
@@ -276,7 +278,9 @@ void Launch::run() {
       ready_.swap(polling_);
       for (Fiber* fiber : ready_) fiber->state = State::ready;
     }
-    std::swap(ready_[random_() % ready_.size()], ready_.back());
+    // Mostly one of the warp that met last: it runs ahead of others, and is in the cache.
+    const std::size_t some = random_() % 64 == 0 ? ready_.size() : std::min<std::size_t>(ready_.size(), 32);
+    std::swap(*(ready_.end() - 1 - random_() % some), ready_.back());
     Fiber& next = *ready_.back();
     ready_.pop_back();
     self = &next;
@@ -398,7 +402,7 @@ void* EmulatedStream::allocate(std::size_t bytes) {
   void* start = memory.bytes.get() + kGuard;
   space -= kGuard;
   memory.start = static_cast<unsigned char*>(std::align(kAlignment, bytes, start, space));
-  std::memset(memory.start, 0xff, bytes);
+  emulator::poison(memory.start, bytes);
   memory_.push_back(std::move(memory));
   return memory_.back().start;
 }

@@ -14,14 +14,13 @@
 //
 // A kernel that includes ptx/ lies in a folder of src/cuda/kernels: beside ptx/, it would find the real one.
 //
-// What is emulated: threads of up to multiprocessors() * kBlocksPerMultiprocessor blocks take turns, in an order that
-// is random but the same on every run; blocks start in the order of their index, x first. Shared memory, and memory
-// that was allocated, are NaN (0xff bytes) until written. A copy_async_16 destroys what it will overwrite at once, and
-// lands when its thread waits for it. Reported, as an Error that launch throws: addresses that are not aligned or not
-// in shared memory where they must be, writes past the end of shared or allocated memory (when the block or the kernel
-// has ended), threads of a warp that meet at different instructions, and threads that wait for ever. Not seen:
-// conflicts of banks, shared memory that another block has left, and races that no order of turns between two meetings
-// can show.
+// What is emulated: threads of up to multiprocessors() * kBlocksPerMultiprocessor blocks (and 4096 threads) take turns,
+// in an order that is random but the same on every run; blocks start in the order of their index, x first. Shared
+// memory, and memory that was allocated, are NaN until written. A copy_async_16 destroys what it will overwrite at
+// once, and lands when its thread waits for it. Reported, as an Error that launch throws: addresses that are not
+// aligned or not in shared memory where they must be, writes past the end of shared or allocated memory (when the block
+// or the kernel has ended), threads of a warp that meet at different instructions, and threads that wait for ever. Not
+// seen: conflicts of banks, and races that no order of turns between two meetings can show.
 #pragma once
 #include <map>
 #include <memory>

@@ -1,11 +1,21 @@
 // What the emulated instructions (ptx/) are made of: threads that meet.
 #pragma once
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <deque>
 
 #include "types.cuh"
 
 namespace flash_dmattn::cuda::emulator {
+
+/// Unwritten memory: NaN whatever the dtype, and as bits or a boolean neither all ones nor all zeros.
+inline void poison(void* memory, std::size_t bytes) {
+  auto* const p = static_cast<unsigned char*>(memory);
+  for (std::size_t i = 0; i < bytes && i < 16; ++i) p[i] = i % 2 == 0 ? 0xff : 0x7f;
+  for (std::size_t n = 16; n < bytes; n *= 2) std::memcpy(p + n, p, n < bytes - n ? n : bytes - n);
+}
+constexpr int kPoison = 0x7fff7fff;
 
 struct Block {
   int index[3], grid[3];

@@ -238,9 +238,14 @@ struct BitLists {
     }
     const i64 row = static_cast<i64>(segment.b) * lists.heads + segment.head;
     const i64 offset = row * params.room.start(lists.runs) + params.room.start(segment.run);
-    if (segment.index == 0)
+    if (segment.index == 0) {
       for (int copy = thread_index(); copy < lists.copies; copy += kThreads)
         lists.at(segment.b, segment.head, copy, segment.run) = {offset, all + some, all};
+      // Keys that every position sees have bits where they share a tile with others.
+      const i64 tested = offset + most(all - Config::kMostTileKeys, 0);
+      for (i64 i = tested * params.words + thread_index(); i < (offset + all) * params.words; i += kThreads)
+        params.bits[i] = ~0u;
+    }
     if (filled == 0) return;
 
     const i64 place = Segment::place(params, segment.list, segment.index);

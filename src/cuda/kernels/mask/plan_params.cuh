@@ -88,6 +88,7 @@ struct BitListsConfig {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kStrip = 512;  // keys that a warp reads at a time, for 32 positions
   static constexpr int kMostWords = 32, kLongestRun = 32 * kMostWords;
+  static constexpr int kMostTileKeys = 128;  // of an attention kernel
   /// Keys of a segment, which a block packs: as many strips as give every warp one.
   static constexpr int segment(int words) { return kStrip * most(1, kWarps / words); }
   static constexpr int shared_bytes(int words) { return segment(words) * (words * 4 + 1) + kWarps * 8; }
