@@ -95,9 +95,7 @@ struct Forward {
     if (!is_last) scores.fetch_next(tile);
 
     typename Scores::Accumulators s;
-    scores.start(s, tile);
-    scores.add_products(s, tile % kStages);
-    scores.cap(s, tile);
+    scores.compute(s, tile % kStages, tile);
     if (kTested && tile >= scores.tested) scores.mask(s, tile);
     softmax.follow(s, out);
 

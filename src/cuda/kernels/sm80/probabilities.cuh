@@ -34,9 +34,7 @@ struct Probabilities {
       wait_copies<0>();
       sync_block();
       typename Scores::Accumulators s;
-      scores.start(s, tile);
-      scores.add_products(s, 0);
-      scores.cap(s, tile);
+      scores.compute(s, 0, tile);
       if (tile >= scores.tested) scores.mask(s, tile);
       write(params, scores, s, tile);
       sync_block();

@@ -20,6 +20,7 @@ struct ScoresShared {
   int position[4][kKeys];
   float bias[2][kKeys];                           // BiasKind::per_key
   u32 test[2][kKeys * test_words(kConfig.test)];  // Interval::end or bits
+  int far_tile[4];  // of those that stand here the last with a bias from which accumulators may not start
 };
 
 /// Which rows a block's tile has. Blocks take the longest lists first: of a causal call those of the last queries.
@@ -133,15 +134,25 @@ struct Scores {
     return x == -kInfinity ? x : maximum(minimum(scaled, kLargestBias), -kLargestBias);
   }
 
+  void put_bias(int tile, u32 bits) {
+    const float bias = scaled_bias(bits);
+    shared.bias[tile % 2][thread] = bias;
+    if (bias != -kInfinity && maximum(bias, -bias) > params.logits.largest_start) shared.far_tile[tile % 2] = tile;
+  }
+
   /// Before the first tile.
   void fetch(int tile) {
+    if constexpr (kConfig.bias == BiasKind::per_key) {
+      if (thread < 2) shared.far_tile[thread] = -1;
+      sync_block();
+    }
     if (thread < kKeys) {
       const int here = position_of(tile), next = position_of(tile + 1);
       next_position = position_of(tile + 2);
       shared.position[tile % 4][thread] = here;
       shared.position[(tile + 1) % 4][thread] = next;
       if constexpr (kConfig.bias == BiasKind::per_key) {
-        shared.bias[tile % 2][thread] = scaled_bias(bias_at(here));
+        put_bias(tile, bias_at(here));
         next_bias = bias_at(next);
       }
     }
@@ -152,7 +163,7 @@ struct Scores {
     if (thread >= kKeys) return;
     shared.position[(tile + 2) % 4][thread] = next_position;
     if constexpr (kConfig.bias == BiasKind::per_key) {
-      shared.bias[(tile + 1) % 2][thread] = scaled_bias(next_bias);
+      put_bias(tile + 1, next_bias);
       next_bias = bias_at(next_position);
     }
     next_position = position_of(tile + 3);
@@ -180,18 +191,37 @@ struct Scores {
 
   // ---- scores
 
-  /// What accumulators start from: the bias, scaled.
-  void start(Accumulators& s, int tile) {
-    if constexpr (kConfig.bias == BiasKind::none || kConfig.softcap) {
+  /// The scores of a tile whose keys are in shared memory.
+  void compute(Accumulators& s, int stage, int tile) {
+    const bool has_bias = start(s, tile);
+    add_products(s, stage);
+    if constexpr (kConfig.softcap) cap(s);
+    if constexpr (kConfig.bias != BiasKind::none)
+      if (!has_bias) each_bias(tile, [&](int m, int n, int i, float bias) { s[m][n][i] += bias; });
+  }
+
+  /// Gives accumulators what they start from, which is the bias where that may be: it is then added for nothing. But
+  /// products are cut off, not rounded, to the bits that a large accumulator has left.
+  bool start(Accumulators& s, int tile) {
+    bool has_bias = kConfig.bias != BiasKind::none && !kConfig.softcap;
+    if constexpr (kConfig.bias != BiasKind::none && !kConfig.softcap) {
+      float largest = 0;
+      each_bias(tile, [&](int m, int n, int i, float bias) {
+        s[m][n][i] = bias;
+        if (kConfig.bias == BiasKind::full) largest = maximum(largest, maximum(bias, -bias));
+      });
+      has_bias = kConfig.bias == BiasKind::per_key ? shared.far_tile[tile % 2] != tile
+                                                   : ballot(largest > params.logits.largest_start) == 0;
+    }
+    if (!has_bias) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
-    } else {
-      each_bias(tile, [&](int m, int n, int i, float bias) { s[m][n][i] = bias; });
     }
+    return has_bias;
   }
 
   /// use(m, n, i, bias) for each accumulator.
@@ -272,20 +302,16 @@ struct Scores {
     }
   }
 
-  void cap(Accumulators& s, int tile) {
-    if constexpr (kConfig.softcap) {
-      const Logits& logits = params.logits;
+  void cap(Accumulators& s) {
+    const Logits& logits = params.logits;
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
+    for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n)
+      for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)  // tanh(x) = 1 - 2 / (1 + e^2x)
-            s[m][n][i] =
-                multiply_add(-2 * logits.cap, fast_reciprocal(1 + fast_exp2(s[m][n][i] * logits.inner)), logits.cap);
-      if constexpr (kConfig.bias != BiasKind::none)
-        each_bias(tile, [&](int m, int n, int i, float bias) { s[m][n][i] += bias; });
-    }
+        for (int i = 0; i < 4; ++i)  // tanh(x) = 1 - 2 / (1 + e^2x)
+          s[m][n][i] =
+              multiply_add(-2 * logits.cap, fast_reciprocal(1 + fast_exp2(s[m][n][i] * logits.inner)), logits.cap);
   }
 
   void mask(Accumulators& s, int tile) {
