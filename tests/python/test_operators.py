@@ -46,7 +46,7 @@ def expanded_bias(query, key, value, score):
 
 def dense(query, key, value, score):
     query_len, key_len = query.size(1), key.size(1)
-    position = torch.arange(query_len)[:, None] * torch.arange(key_len)
+    position = torch.arange(query_len, device=query.device)[:, None] * torch.arange(key_len, device=query.device)
     bias = score[:, :, None] * torch.cos(position)
     return flash_dmattn_func(query, key, value, (position % 3 != 1)[None, None], bias, deterministic=True)
 
@@ -58,13 +58,13 @@ def dynamic(query, key, value, score):
 
 def window(query, key, value, score):
     bias = score[:, :, None].expand(-1, -1, query.size(1), -1)
-    padding = torch.arange(key.size(1)) % 5 != 2
+    padding = torch.arange(key.size(1), device=query.device) % 5 != 2
     padding = padding[None, None, None].expand(query.size(0), 1, query.size(1), -1)
     return flash_dmattn_func(query, key, value, padding, bias, is_causal=True, keep_window_size=4, deterministic=True)
 
 
 def window_of_rows(query, key, value, score):
-    bias = score[:, :, None] * torch.cos(torch.arange(query.size(1)))[:, None]
+    bias = score[:, :, None] * torch.cos(torch.arange(query.size(1), device=query.device))[:, None]
     return flash_dmattn_func(query, key, value, attn_bias=bias, is_causal=True, keep_window_size=4, deterministic=True)
 
 
