@@ -129,8 +129,8 @@ TEST(cuda_backward_with_a_bias_of_keys) {
   Random random(2);
   for (const bool deterministic : {false, true})
     for (const auto& size :
-         {Index<4>{1, 2, 1, 200}, Index<4>{2, 4, 1, 200}, Index<4>{1, 1, 1, 200}, Index<4>{2, 1, 1, 1}}) {
-      const Sizes n{2, 70, 200, 4, 2, 128};
+         {Index<4>{1, 2, 1, 150}, Index<4>{2, 4, 1, 150}, Index<4>{1, 1, 1, 150}, Index<4>{2, 1, 1, 1}}) {
+      const Sizes n{2, 40, 150, 4, 2, 128};
       Inputs in = make_inputs(random, n, DType::bfloat16, true);
       in.bias = normal(random, size[1] == 2 ? DType::bfloat16 : DType::float32, size);
       in.bias->set({0, 0, 0, 17}, -kInfinity);
@@ -152,11 +152,11 @@ TEST(cuda_backward_of_a_dynamic_mask) {
 
 TEST(cuda_backward_with_a_full_bias) {
   Random random(4);
-  for (const auto& size : {Index<4>{2, 4, 70, 150}, Index<4>{1, 2, 70, 150}, Index<4>{2, 1, 70, 150},
-                           Index<4>{1, 1, 70, 150}, Index<4>{1, 4, 70, 1}})
+  for (const auto& size : {Index<4>{2, 4, 40, 140}, Index<4>{1, 2, 40, 140}, Index<4>{2, 1, 40, 140},
+                           Index<4>{1, 1, 40, 140}, Index<4>{1, 4, 40, 1}})
     for (const bool deterministic : {false, true}) {
       Context context("bias of " + std::to_string(size[0]) + " x " + std::to_string(size[1]));
-      const Sizes n{2, 70, 150, 4, 2, 72};
+      const Sizes n{2, 40, 140, 4, 2, 72};
       Inputs in = make_inputs(random, n, DType::float16, true);
       in.bias = normal(random, size[1] == 4 ? DType::float32 : DType::float16, size);
       in.mask = Tensor<4>(DType::boolean, {1, 2, n.Q, n.K}).fill([&] { return random.chance(0.3); });
