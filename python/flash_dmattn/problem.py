@@ -43,7 +43,8 @@ def make_problem(
     deterministic: bool | None,
     keep_window_size: int | None,
 ) -> Problem:
-    query, key, value = (_autocast(tensor, query.device.type) for tensor in (query, key, value))
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (_autocast(tensor, query.device.type) for tensor in (query, key, value))
     checks.check_inputs(query, key, value)
     checks.check_number("scale", scale, positive=False)
     checks.check_number("softcap", softcap, positive=True)
@@ -108,6 +109,8 @@ def _autocast(tensor: Tensor, device: str) -> Tensor:
 
 def _unexpand(tensor: Tensor) -> Tensor:
     """The same values with every expanded dimension (stride 0) at size 1. A view."""
+    if 0 not in tensor.stride():
+        return tensor
     for dim in range(tensor.dim()):
         if tensor.size(dim) > 1 and tensor.stride(dim) == 0:
             tensor = tensor.narrow(dim, 0, 1)
