@@ -59,18 +59,15 @@ def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
     return statistics.median(sample(calls) for _ in range(repeats))
 
 
-def preparation(function: Callable[[], object]) -> float:
-    """Microseconds of the kernels that a call runs before its longest."""
+def kernels_ms(name: str, function: Callable[[], object]) -> float:
+    """Milliseconds of the kernels of that name in a call."""
     function()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         torch.cuda.synchronize()
-    kernels = sorted(
-        (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA),
-        key=lambda event: event.time_range.start,
+    return sum(
+        event.time_range.elapsed_us() / 1e3 for event in profile.events() if event.name == f"flash_dmattn_{name}"
     )
-    times = [event.time_range.elapsed_us() for event in kernels]
-    return sum(times[: times.index(max(times))])
 
 
 def normal(*size: int, seed: int = 0, dtype: torch.dtype = DTYPE) -> Tensor:
@@ -174,9 +171,19 @@ def without_gradients(function: Callable[[], object]) -> Callable[[], object]:
 
 def mask() -> Rows:
     for length, window in ((8192, WINDOW), (32768, WINDOW), (32768, 2048), (1048576, WINDOW)):
-        score = scores(length).detach()[:, :, 0]
+        leaves, bias = inputs(length), scores(length)
+        score = bias.detach()[:, :, 0]
+        made = DynamicMask.from_score(score, window)
+
+        def step(leaves: list = leaves, bias: Tensor = bias, made: DynamicMask = made) -> None:
+            out = flash_dmattn_func(*leaves, attn_mask=made, attn_bias=bias)
+            torch.autograd.grad(out, (*leaves, bias), out)
+
         ms = median_ms(lambda score=score, window=window: DynamicMask.from_score(score, window))
-        yield result(f"dynamic mask from scores, N {length}, 8 heads, w {window}", ms)
+        lists = kernels_ms("SurvivorLists", step)
+        case = f"dynamic mask from scores, N {length}, 8 heads, w {window}"
+        yield result(case, ms)
+        yield result(f"{case}, with the lists of the forward and the backward pass", ms + lists)
 
 
 def dynamic(length: int = 32768) -> Rows:
@@ -230,10 +237,6 @@ def dynamic(length: int = 32768) -> Rows:
         pairs=pairs,
         products=5,
     )
-    given = without_gradients(lambda: flash_dmattn_func(query, key, value, attn_mask=made, **options))
-    yield quantity(f"{name}, kernels before the forward's longest: its plan", preparation(given), "µs")
-    ms = preparation(lambda: torch.autograd.grad(out, wanted, grad_out, retain_graph=True))
-    yield quantity(f"{name}, kernels before the backward's longest: its plan, sums of rows", ms, "µs")
 
 
 def dense(length: int = 8192) -> Rows:
@@ -378,12 +381,13 @@ import time, torch, sys
 from flash_dmattn import DynamicMask, flash_dmattn_func
 def attend(length, **options):
     query, key, value = (torch.randn(1, length, h, 128, device="cuda").bfloat16().requires_grad_() for h in (2, 1, 1))
+    grad_out = torch.ones_like(query)
     torch.cuda.synchronize()
     start = time.perf_counter()
     out = flash_dmattn_func(query, key, value, is_causal=True)
     torch.cuda.synchronize()
     middle = time.perf_counter()
-    torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
+    torch.autograd.grad(out, (query, key, value), grad_out)
     torch.cuda.synchronize()
     return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 torch.zeros(1, device="cuda")
