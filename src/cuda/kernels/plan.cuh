@@ -1,5 +1,5 @@
-// The plan: for every run of query positions (a tile of the forward pass, a chunk of the backward pass), the keys to load
-// and how they are tested. Kernels read plans; they know nothing of where a mask came from.
+// The plan: for every run of query positions (a tile of the forward pass, a chunk of the backward pass), the keys to
+// load and how they are tested. Kernels read plans; they know nothing of where a mask came from.
 #pragma once
 #include "problem.cuh"
 #include "types.cuh"
@@ -18,15 +18,15 @@ struct Interval {
 };
 
 struct Plan {
-  int run;                ///< query positions per list
-  int runs;               ///< divide_up(query_len, run)
+  int run;   ///< query positions per list
+  int runs;  ///< divide_up(query_len, run)
   int is_causal;
-  const KeyList* lists;   ///< (B | 1, units | 1, runs); null: spans, the keys 0, 1, 2, … up to what causality allows
-  i64 lists_batch, lists_unit;   ///< strides, 0 where broadcast
-  const int* positions;   ///< with lists: the keys' positions; null: the keys 0, 1, 2, …
-  const u32* bits;        ///< Test::bits: for each listed key `words` words, bit i of which says that position i of the
-  int words;              ///< run sees it; divide_up(run, 32)
-  const int* end;         ///< (B | 1, units | 1, K): the dynamic mask's; null: for ever
+  const KeyList* lists;  ///< (B | 1, units | 1, runs); null: spans, the keys 0, 1, 2, … up to what causality allows
+  i64 lists_batch, lists_unit;  ///< strides, 0 where broadcast
+  const int* positions;         ///< with lists: the keys' positions; null: the keys 0, 1, 2, …
+  const u32* bits;  ///< Test::bits: for each listed key `words` words, bit i of which says that position i of the
+  int words;        ///< run sees it; divide_up(run, 32)
+  const int* end;   ///< (B | 1, units | 1, K): the dynamic mask's; null: for ever
   i64 end_batch, end_unit, end_key;
   const unsigned char* visible_rows;  ///< (B | 1, units | 1, Q) boolean: false hides a query from every key; null: none
   i64 rows_batch, rows_unit, rows_query;

@@ -6,7 +6,8 @@ namespace flash_dmattn::cuda {
 
 __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
-/// 16 bytes from global to shared memory, in the background; zeros where not `valid`. Both addresses are multiples of 16.
+/// 16 bytes from global to shared memory, in the background; zeros where not `valid`. Both addresses are multiples
+/// of 16.
 __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(valid ? 16 : 0)
@@ -45,7 +46,9 @@ __forceinline__ void load_matrices_transposed(u32 (&m)[4], const void* row) {
 /// Adds, and gives what was there.
 __forceinline__ int fetch_add(int* p, int x) { return atomicAdd(p, x); }
 /// Adds in global memory, without waiting.
-__forceinline__ void add_to(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
+__forceinline__ void add_to(float* p, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
+}
 /// Adds two neighbours; the address is a multiple of 8.
 __forceinline__ void add_to(float* p, float x, float y) {
 #if __CUDA_ARCH__ >= 900
