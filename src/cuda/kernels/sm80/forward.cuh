@@ -27,7 +27,6 @@ struct Forward {
   Shared& shared;
   Scores scores;
   int begin, end;  // of the tiles of keys
-  const u16* values;
   float out[kRowTiles][kOutTiles][4];
   Softmax<kRowTiles> softmax;
 
@@ -37,12 +36,15 @@ struct Forward {
         scores(given.scores, memory),
         begin(0),
         end(scores.tiles),
-        values(given.value.template at<u16>(scores.place.b, 0, given.scores.shape.kv_head(scores.place.unit))) {
+        softmax(given.scores.logits.factor, memory.is_far[scores.thread / kWarp]) {
+    if (scores.thread == 0)
+      shared.origins.value =
+          given.value.template at<u16>(scores.place.b, 0, given.scores.shape.kv_head(scores.place.unit));
     if constexpr (kOptions.split) {
       begin = least(block_index_y() * params.split_tiles, end);
       end = least(begin + params.split_tiles, end);
+      if (scores.thread == 0) shared.origins.last = end - 1;
     }
-    softmax.start(params.scores.logits.factor);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -67,42 +69,45 @@ struct Forward {
       // With a full bias the test is a small part of the work, and one loop compiles in half the time.
       if constexpr (kConfig.bias != BiasKind::full)
         for (const int untested = least(scores.tested, end); tile < untested; ++tile) step<false>(tile);
-      for (; tile < end; ++tile) step<true>(tile);
+      for (; tile <= shared.origins.last; ++tile) step<true>(tile);
     }
     write();
   }
 
   void copy_keys(int tile) {
-    scores.copy_keys(shared.key[tile % kStages], scores.keys, params.scores.key.position, tile);
+    scores.copy_keys(shared.key[tile % kStages], shared.origins.key, params.scores.key.position, tile);
     scores.copy_test(tile);
   }
-  void copy_values(int tile) { scores.copy_keys(shared.value[tile % kStages], values, params.value.position, tile); }
+  void copy_values(int tile) {
+    scores.copy_keys(shared.value[tile % kStages], shared.origins.value, params.value.position, tile);
+  }
 
   template <bool kTested>
   void step(int tile) {
-    const bool is_last = tile + 1 == end;
     wait_copies<0>();
     sync_block();  // keys (with two stages also values) are there; the other stage, or the values, are free
     if constexpr (kStages == 2) {
-      if (!is_last) {
+      if (tile != shared.origins.last) {
         copy_keys(tile + 1);
         copy_values(tile + 1);
       }
     } else {
       copy_values(tile);
     }
+    if (scores.thread < kKeys) scores.copy_positions(tile + 2);
     commit_copies();
-    if (!is_last) scores.fetch_next(tile);
 
     typename Scores::Accumulators s;
     scores.compute(s, tile % kStages, tile);
+    if (tile != shared.origins.last) scores.fetch_bias(tile + 1);
     if (kTested && tile >= scores.tested) scores.mask(s, tile);
     softmax.follow(s, out);
+    if (tile != shared.origins.last) scores.put_bias(tile + 1);
 
     if constexpr (kStages == 1) {
       wait_copies<0>();
       sync_block();  // values are there, the keys' place is free
-      if (!is_last) copy_keys(tile + 1);
+      if (tile != shared.origins.last) copy_keys(tile + 1);
       commit_copies();
     }
     add_products(s, tile % kStages);

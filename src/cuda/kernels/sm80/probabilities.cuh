@@ -28,7 +28,7 @@ struct Probabilities {
     scores.sign_queries();
     for (int tile = begin; tile < end; ++tile) {
       scores.fetch(tile);
-      scores.copy_keys(shared.key[0], scores.keys, params.scores.key.position, tile);
+      scores.copy_keys(shared.key[0], shared.origins.key, params.scores.key.position, tile);
       scores.copy_test(tile);
       commit_copies();
       wait_copies<0>();
@@ -37,7 +37,6 @@ struct Probabilities {
       scores.compute(s, 0, tile);
       if (tile >= scores.tested) scores.mask(s, tile);
       write(params, scores, s, tile);
-      sync_block();
     }
   }
 

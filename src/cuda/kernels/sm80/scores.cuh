@@ -11,6 +11,15 @@
 
 namespace flash_dmattn::cuda {
 
+/// Where what a block reads is. It stands in shared memory, as registers are short.
+struct Origins {
+  const u16 *key, *value;
+  const int *positions, *end;
+  const u32* bits;
+  const void* bias;  // BiasKind::per_key
+  int count, last;   // of the list's keys; the block's last tile
+};
+
 /// The picture of shared memory. What belongs to a tile of keys stands at the tile's number modulo the first size.
 template <ScoresConfig kConfig>
 struct ScoresShared {
@@ -20,7 +29,10 @@ struct ScoresShared {
   int position[4][kKeys];
   float bias[2][kKeys];                           // BiasKind::per_key
   u32 test[2][kKeys * test_words(kConfig.test)];  // Interval::end or bits
-  int far_tile[4];  // of those that stand here the last with a bias from which accumulators may not start
+  Origins origins;
+  const void* row_bias[kConfig.bias == BiasKind::full ? kConfig.rows : 2];  // of key 0
+  int row_position[kConfig.rows];                                           // absolute
+  int is_far[8];                                                            // of each warp, for Softmax
 };
 
 /// Which rows a block's tile has. Blocks take the longest lists first: of a causal call those of the last queries.
@@ -57,7 +69,6 @@ struct Scores {
   const Place place;
   const KeyList list;
   const int tiles, tested;  // of keys; the first that needs a test
-  const u16* const keys;
 
   Scores(const ScoresParams& given, Shared& memory)
       : params(given),
@@ -68,8 +79,23 @@ struct Scores {
         place(given),
         list(given.plan.list(given.shape, place.b, place.unit, place.run)),
         tiles(divide_up(list.count, kKeys)),
-        tested(least(list.full, list.count) / kKeys),
-        keys(given.key.template at<u16>(place.b, 0, given.shape.kv_head(place.unit))) {}
+        tested(least(list.full, list.count) / kKeys) {
+    for (int row = thread; row < kConfig.rows; row += kThreads) {
+      shared.row_position[row] = place.query_of(row) + given.shape.first_position();
+      if constexpr (kConfig.bias == BiasKind::full)
+        shared.row_bias[row] = place.has(row) ? bias_of(place.head_of(row), place.query_of(row)) : given.bias.data;
+    }
+    if (thread != 0) return;
+    shared.origins = {
+        given.key.template at<u16>(place.b, 0, given.shape.kv_head(place.unit)),
+        nullptr,
+        given.plan.positions ? given.plan.positions + list.offset : nullptr,
+        given.plan.end ? given.plan.end + place.b * given.plan.end_batch + place.unit * given.plan.end_unit : nullptr,
+        given.plan.bits + list.offset * given.plan.words,
+        kConfig.bias == BiasKind::per_key ? bias_of(place.unit * given.shape.pack, 0) : nullptr,
+        list.count,
+        tiles - 1};
+  }
 
   /// The row of the tile that accumulators [m][…][2 * half …] belong to.
   int row_of(int m, int half) const { return warp_row + 16 * m + 8 * half + lane / 4; }
@@ -110,21 +136,21 @@ struct Scores {
 
   // ---- what belongs to the keys of a tile, and is fetched before it is needed: a thread looks after one key
 
-  int next_position;  // of tile + 3
-  u32 next_bias;      // of tile + 2, bits
-
-  /// Entries beyond the end of the list stand for the last one, and are masked.
-  int position_of(int tile) const {
-    return params.plan.key(list, static_cast<int>(least<u32>(static_cast<u32>(tile) * kKeys + thread, list.count - 1)));
+  /// Starts copying the positions of a tile. Entries beyond the end of the list stand for the last one, and are masked.
+  void copy_positions(int tile) {
+    int* const to = shared.position[tile % 4] + thread;
+    const int entry = static_cast<int>(least<u32>(static_cast<u32>(tile) * kKeys + thread, shared.origins.count - 1));
+    if (params.plan.positions)
+      copy_async_4(to, shared.origins.positions + entry, true);
+    else
+      *to = entry;
   }
-  u32 bias_bits(i64 offset) const {
-    return params.bias.is_float32 ? static_cast<const u32*>(params.bias.data)[offset]
-                                  : static_cast<const u16*>(params.bias.data)[offset];
+  const void* bias_of(int head, int query) const {
+    const Bias& bias = params.bias;
+    return static_cast<const char*>(bias.data) + bias.offset(place.b, head, query, 0) * (bias.is_float32 ? 4 : 2);
   }
-  u32 bias_at(int position) const {
-    return kConfig.bias == BiasKind::per_key
-               ? bias_bits(params.bias.offset(place.b, place.unit * params.shape.pack, 0, position))
-               : 0;
+  u32 bias_bits(const void* biases, i64 offset) const {
+    return params.bias.is_float32 ? static_cast<const u32*>(biases)[offset] : static_cast<const u16*>(biases)[offset];
   }
   float scaled_bias(u32 bits) const {
     return scaled_bias(params.bias.is_float32 ? float_of(bits) : to_float(T{static_cast<u16>(bits)}));
@@ -134,142 +160,107 @@ struct Scores {
     return x == -kInfinity ? x : maximum(minimum(scaled, kLargestBias), -kLargestBias);
   }
 
-  void put_bias(int tile, u32 bits) {
-    const float bias = scaled_bias(bits);
-    shared.bias[tile % 2][thread] = bias;
-    if (bias != -kInfinity && maximum(bias, -bias) > params.logits.largest_start) shared.far_tile[tile % 2] = tile;
-  }
-
   /// Before the first tile.
   void fetch(int tile) {
-    if constexpr (kConfig.bias == BiasKind::per_key) {
-      if (thread < 2) shared.far_tile[thread] = -1;
-      sync_block();
-    }
-    if (thread < kKeys) {
-      const int here = position_of(tile), next = position_of(tile + 1);
-      next_position = position_of(tile + 2);
-      shared.position[tile % 4][thread] = here;
-      shared.position[(tile + 1) % 4][thread] = next;
-      if constexpr (kConfig.bias == BiasKind::per_key) {
-        put_bias(tile, bias_at(here));
-        next_bias = bias_at(next);
-      }
-    }
     sync_block();
-  }
-  /// While `tile` is worked at.
-  void fetch_next(int tile) {
-    if (thread >= kKeys) return;
-    shared.position[(tile + 2) % 4][thread] = next_position;
-    if constexpr (kConfig.bias == BiasKind::per_key) {
-      put_bias(tile + 1, next_bias);
-      next_bias = bias_at(next_position);
+    if (thread < kKeys) {
+      copy_positions(tile);
+      copy_positions(tile + 1);
     }
-    next_position = position_of(tile + 3);
+    commit_copies();
+    wait_copies<0>();
+    sync_block();
+    fetch_bias(tile);
+    put_bias(tile);
+  }
+  u32 next_bias;  // bits
+  void fetch_bias(int tile) {
+    if constexpr (kConfig.bias == BiasKind::per_key)
+      if (thread < kKeys)
+        next_bias = bias_bits(shared.origins.bias, shared.position[tile % 4][thread] * params.bias.key);
+  }
+  void put_bias(int tile) {
+    if constexpr (kConfig.bias == BiasKind::per_key)
+      if (thread < kKeys) shared.bias[tile % 2][thread] = scaled_bias(next_bias);
   }
   /// Starts copying what the test of a tile needs.
   void copy_test(int tile) {
     if (tile < tested) return;
-    u32* const to = shared.test[tile % 2];
+    if (thread >= kKeys) return;
+    const Plan& plan = params.plan;
+    const i64 entry = static_cast<i64>(tile) * kKeys + thread;
+    const bool exists = entry < shared.origins.count;
+    u32* const to = shared.test[tile % 2] + thread * test_words(kConfig.test);
     if constexpr (kConfig.test == Test::interval) {
-      const Plan& plan = params.plan;
-      if (plan.end && thread < kKeys)
-        copy_async_4(to + thread,
-                     plan.end + place.b * plan.end_batch + place.unit * plan.end_unit +
-                         shared.position[tile % 4][thread] * plan.end_key,
-                     true);
+      if (exists && plan.end)
+        copy_async_4(to, shared.origins.end + shared.position[tile % 4][thread] * plan.end_key, true);
+      else
+        *to = exists ? kLargest : kSmallest;
     } else {
-      // Zeros, which nobody sees, beyond the end of the list.
-      const i64 first = static_cast<i64>(tile) * kKeys;
-      const int words = params.plan.words, count = static_cast<int>(least<i64>(kKeys, list.count - first)) * words;
-      const u32* const from = params.plan.bits + (list.offset + first) * words;
-      for (int i = thread; i < kKeys * words; i += kThreads)
-        copy_async_4(to + i, from + (i < count ? i : 0), i < count);
+      // Nobody sees what is beyond the end of the list.
+      const u32* const from = shared.origins.bits + (exists ? entry * plan.words : 0);
+      for (int word = 0; word < plan.words; ++word) copy_async_4(to + word, from + word, exists);
     }
   }
 
   // ---- scores
 
-  /// The scores of a tile whose keys are in shared memory.
+  /// The scores of a tile whose keys are in shared memory. Biases come last: a tensor core cuts products off, instead
+  /// of rounding them, to the bits that a large accumulator has left.
   void compute(Accumulators& s, int stage, int tile) {
-    const bool has_bias = start(s, tile);
-    add_products(s, stage);
-    if constexpr (kConfig.softcap) cap(s);
-    if constexpr (kConfig.bias != BiasKind::none)
-      if (!has_bias) each_bias(tile, [&](int m, int n, int i, float bias) { s[m][n][i] += bias; });
-  }
-
-  /// Gives accumulators what they start from, which is the bias where that may be: it is then added for nothing. But
-  /// products are cut off, not rounded, to the bits that a large accumulator has left.
-  bool start(Accumulators& s, int tile) {
-    bool has_bias = kConfig.bias != BiasKind::none && !kConfig.softcap;
-    if constexpr (kConfig.bias != BiasKind::none && !kConfig.softcap) {
-      float largest = 0;
-      each_bias(tile, [&](int m, int n, int i, float bias) {
-        s[m][n][i] = bias;
-        if (kConfig.bias == BiasKind::full) largest = maximum(largest, maximum(bias, -bias));
-      });
-      has_bias = kConfig.bias == BiasKind::per_key ? shared.far_tile[tile % 2] != tile
-                                                   : ballot(largest > params.logits.largest_start) == 0;
-    }
-    if (!has_bias) {
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
-    }
-    return has_bias;
-  }
-
-  /// use(m, n, i, bias) for each accumulator.
-  template <class Use>
-  void each_bias(int tile, const Use& use) {
-    if constexpr (kConfig.bias == BiasKind::per_key) {
-      const float* const bias = shared.bias[tile % 2] + lane % 4 * 2;
+    for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
+        for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
+    add_products(s, stage);
+    if constexpr (kConfig.softcap) cap(s);
+    if constexpr (kConfig.bias == BiasKind::per_key)
+      if (params.bias.data) add_bias(s, shared.bias[tile % 2]);  // always: loads, moved up, would need registers
+    if constexpr (kConfig.bias == BiasKind::full) add_bias(s, tile);
+  }
+
+  void add_bias(Accumulators& s, const float (&biases)[kKeys]) {
+    const float* const bias = biases + lane % 4 * 2;
 #pragma unroll
-          for (int i = 0; i < 4; ++i) use(m, n, i, bias[8 * n + i % 2]);
-    } else {
-      const int* const positions = shared.position[tile % 4] + lane % 4 * 2;
-      const bool by_pairs = has_bias_pairs(tile);
+    for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = row_of(m, half);
-          const i64 of_row =
-              place.has(row) ? params.bias.offset(place.b, place.head_of(row), place.query_of(row), 0) : 0;
-          if (by_pairs) {
-            const i64 first = of_row + positions[0];
+        for (int i = 0; i < 4; ++i) s[m][n][i] += bias[8 * n + i % 2];
+  }
+  void add_bias(Accumulators& s, int tile) {
+    const int* const positions = shared.position[tile % 4] + lane % 4 * 2;
+    const bool by_pairs = has_bias_pairs(tile);
 #pragma unroll
-            for (int n = 0; n < kColumnTiles; ++n) {
-              const Pair pair = bias_pair(first, 8 * n);
-              use(m, n, 2 * half, scaled_bias(pair.x));
-              use(m, n, 2 * half + 1, scaled_bias(pair.y));
-            }
-          } else {
+    for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-            for (int n = 0; n < kColumnTiles; ++n)
+      for (int half = 0; half < 2; ++half) {
+        const void* const of_row = shared.row_bias[row_of(m, half)];
+        if (by_pairs) {
+          const int first = positions[0];
 #pragma unroll
-              for (int i = 0; i < 2; ++i)
-                use(m, n, 2 * half + i, scaled_bias(bias_bits(of_row + positions[8 * n + i] * params.bias.key)));
+          for (int n = 0; n < kColumnTiles; ++n) {
+            const Pair pair = bias_pair(of_row, first + 8 * n);
+            s[m][n][2 * half] += scaled_bias(pair.x);
+            s[m][n][2 * half + 1] += scaled_bias(pair.y);
           }
+        } else {
+#pragma unroll
+          for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+              s[m][n][2 * half + i] += scaled_bias(bias_bits(of_row, positions[8 * n + i] * params.bias.key));
         }
-    }
+      }
   }
   struct alignas(8) Pair {
     float x, y;
   };
-  Pair bias_pair(i64 offset, int more) const {
-    if (params.bias.is_float32)
-      return *reinterpret_cast<const Pair*>(static_cast<const float*>(params.bias.data) + offset + more);
-    const u32 both = *reinterpret_cast<const u32*>(static_cast<const u16*>(params.bias.data) + offset + more);
+  Pair bias_pair(const void* biases, int key) const {
+    if (params.bias.is_float32) return *reinterpret_cast<const Pair*>(static_cast<const float*>(biases) + key);
+    const u32 both = *reinterpret_cast<const u32*>(static_cast<const u16*>(biases) + key);
     return {to_float(T{static_cast<u16>(both)}), to_float(T{static_cast<u16>(both >> 16)})};
   }
   /// Whether the biases of a tile's neighbouring keys stand side by side, aligned.
@@ -315,32 +306,30 @@ struct Scores {
   }
 
   void mask(Accumulators& s, int tile) {
+    const int* const positions = shared.row_position + row_of(0, 0);
     if constexpr (kConfig.test == Test::interval) {
       int at[kRowTiles][2];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          at[m][half] = place.query_of(row_of(m, half)) + params.shape.first_position();
-      const i64 left = list.count - static_cast<i64>(tile) * kKeys;
+        for (int half = 0; half < 2; ++half) at[m][half] = positions[16 * m + 8 * half];
       mask_scores(s, lane, [&](int column) {
         const int start = params.plan.is_causal ? shared.position[tile % 4][column] : kSmallest;
-        const int end = column >= left    ? kSmallest
-                        : params.plan.end ? static_cast<int>(shared.test[tile % 2][column])
-                                          : kLargest;
+        const int end = static_cast<int>(shared.test[tile % 2][column]);
         return [=, &at](int m, int half) { return start <= at[m][half] && at[m][half] < end; };
       });
     } else {
       // The positions of a warp's rows are at most 32 neighbours: 32 of the key's bits, from any bit on.
-      const int words = params.plan.words, first = warp_row / params.shape.pack;
+      const int words = params.plan.words, warp_position = shared.row_position[warp_row],
+                first = warp_position - shared.row_position[0];
       const int low = least(first / 32, words - 1), high = least(low + 1, words - 1);
       int bit[kRowTiles][2];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) bit[m][half] = row_of(m, half) / params.shape.pack - first;
+        for (int half = 0; half < 2; ++half) bit[m][half] = positions[16 * m + 8 * half] - warp_position;
       mask_scores(s, lane, [&](int column) {
-        const u32* const bits = shared.test[tile % 2] + column * words;
+        const u32* const bits = shared.test[tile % 2] + column * kMostWords;
         const u32 seen = static_cast<u32>((static_cast<u64>(bits[high]) << 32 | bits[low]) >> (first % 32));
         return [=, &bit](int m, int half) { return (seen >> bit[m][half] & 1) != 0; };
       });

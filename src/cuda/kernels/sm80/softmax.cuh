@@ -30,10 +30,9 @@ struct Softmax {
   float factor;                   ///< from scores to base 2; positive
   float reference[kRowTiles][2];  ///< a score; -inf before the first that is not
   float sum[kRowTiles][2];        ///< this thread's part
-  bool is_far;                    ///< one of the warp's references is
+  int& is_far;                    ///< whether one of the warp's references is; in shared memory
 
-  void start(float to_base_2) {
-    factor = to_base_2;
+  Softmax(float to_base_2, int& far) : factor(to_base_2), is_far(far) {
     is_far = false;
     for (int m = 0; m < kRowTiles; ++m)
       for (int half = 0; half < 2; ++half) reference[m][half] = -kInfinity, sum[m][half] = 0;
@@ -57,19 +56,12 @@ struct Softmax {
         // False for -inf - -inf.
         grows |= (highest[m][half] - reference[m][half]) * factor > kSlack;
       }
-    if (ballot(grows) != 0) raise(highest, out);
-    if (is_far) {
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-          for (int i = 0; i < 4; ++i) score[m][n][i] -= finite_reference(m, i / 2);
-    }
+    if (is_far || ballot(grows) != 0) raise(highest, score, out);
   }
 
-  template <int kOutTiles>
-  void raise(const float (&highest)[kRowTiles][2], float (&out)[kRowTiles][kOutTiles][4]) {
+  template <int kColumnTiles, int kOutTiles>
+  void raise(const float (&highest)[kRowTiles][2], float (&score)[kRowTiles][kColumnTiles][4],
+             float (&out)[kRowTiles][kOutTiles][4]) {
     bool far = false;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
@@ -84,6 +76,15 @@ struct Softmax {
         for (int n = 0; n < kOutTiles; ++n) out[m][n][2 * half] *= scale, out[m][n][2 * half + 1] *= scale;
       }
     is_far = ballot(far) != 0;
+    sync_warp();
+    if (is_far) {
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) score[m][n][i] -= finite_reference(m, i / 2);
+    }
   }
 
   float finite_reference(int m, int half) const { return reference[m][half] == -kInfinity ? 0.0f : reference[m][half]; }
