@@ -99,8 +99,8 @@ struct Forward {
 
     typename Scores::Accumulators s;
     scores.compute(s, tile % kStages, tile);
+    if (kTested && tile >= shared.origins.tested) scores.mask(s, tile);
     if (tile != shared.origins.last) scores.fetch_bias(tile + 1);
-    if (kTested && tile >= scores.tested) scores.mask(s, tile);
     softmax.follow(s, out);
     if (tile != shared.origins.last) scores.put_bias(tile + 1);
 
@@ -115,7 +115,7 @@ struct Forward {
 
   /// The exponentials of the scores, times the values.
   void add_products(const typename Scores::Accumulators& s, int stage) {
-    const u16* const rows = transposed_operand(shared.value[stage], scores.lane);
+    const u16* const rows = transposed_operand(shared.value[stage], scores.operand_thread() % kWarp);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       u32 p[kRowTiles][4];

@@ -18,6 +18,7 @@ struct Origins {
   const u32* bits;
   const void* bias;  // BiasKind::per_key
   int count, last;   // of the list's keys; the block's last tile
+  int tested;        // the first tile that needs a test
 };
 
 /// The picture of shared memory. What belongs to a tile of keys stands at the tile's number modulo the first size.
@@ -94,7 +95,8 @@ struct Scores {
         given.plan.bits + list.offset * given.plan.words,
         kConfig.bias == BiasKind::per_key ? bias_of(place.unit * given.shape.pack, 0) : nullptr,
         list.count,
-        tiles - 1};
+        tiles - 1,
+        tested};
   }
 
   /// The row of the tile that accumulators [m][…][2 * half …] belong to.
@@ -185,7 +187,7 @@ struct Scores {
   }
   /// Starts copying what the test of a tile needs.
   void copy_test(int tile) {
-    if (tile < tested) return;
+    if (tile < shared.origins.tested) return;
     if (thread >= kKeys) return;
     const Plan& plan = params.plan;
     const i64 entry = static_cast<i64>(tile) * kKeys + thread;
@@ -231,13 +233,15 @@ struct Scores {
         for (int i = 0; i < 4; ++i) s[m][n][i] += bias[8 * n + i % 2];
   }
   void add_bias(Accumulators& s, int tile) {
+    const int thread = thread_index_anew(), lane = thread % kWarp,
+              first_row = thread / kWarp * kRowTiles * 16 + lane / 4;
     const int* const positions = shared.position[tile % 4] + lane % 4 * 2;
     const bool by_pairs = has_bias_pairs(tile);
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const void* const of_row = shared.row_bias[row_of(m, half)];
+        const void* const of_row = shared.row_bias[first_row + 16 * m + 8 * half];
         if (by_pairs) {
           const int first = positions[0];
 #pragma unroll
@@ -266,13 +270,17 @@ struct Scores {
   /// Whether the biases of a tile's neighbouring keys stand side by side, aligned.
   bool has_bias_pairs(int tile) const {
     const Bias& bias = params.bias;
-    return bias.key == 1 && !params.plan.positions && (tile + 1) * static_cast<i64>(kKeys) <= list.count &&
+    return bias.key == 1 && !params.plan.positions && (tile + 1) * static_cast<i64>(kKeys) <= shared.origins.count &&
            ((bias.batch | bias.head | bias.query) & 1) == 0 &&
            reinterpret_cast<u64>(bias.data) % (bias.is_float32 ? 8 : 4) == 0;
   }
 
+  /// Where operands always stand at the same place, their addresses, computed anew, need no registers in between.
+  int operand_thread() const { return kStages == 1 ? thread_index_anew() : thread; }
+
   void add_products(Accumulators& s, int stage) {
-    const u16* const rows = rows_operand(shared.query, warp_row, lane);
+    const int thread = operand_thread(), lane = thread % kWarp;
+    const u16* const rows = rows_operand(shared.query, thread / kWarp * kRowTiles * 16, lane);
     const u16* const columns = columns_operand(shared.key[stage], lane);
     constexpr int kPitch = tile_pitch(kConfig.head_dim);
 #pragma unroll
@@ -306,7 +314,8 @@ struct Scores {
   }
 
   void mask(Accumulators& s, int tile) {
-    const int* const positions = shared.row_position + row_of(0, 0);
+    const int thread = thread_index_anew(), lane = thread % kWarp, warp_row = thread / kWarp * kRowTiles * 16;
+    const int* const positions = shared.row_position + warp_row + lane / 4;
     if constexpr (kConfig.test == Test::interval) {
       int at[kRowTiles][2];
 #pragma unroll
