@@ -28,7 +28,6 @@ inline Logits make_logits(const Problem& problem) {
     const double factor = logits.sign == 0 ? log2e : std::min(magnitude * log2e, 0x1p64);
     logits.factor = static_cast<float>(factor);
     logits.bias_factor = static_cast<float>(log2e / factor);
-    logits.largest_start = static_cast<float>(1024 / factor);
   }
   return logits;
 }

@@ -11,14 +11,13 @@ namespace flash_dmattn::cuda {
 /// of 16.
 constexpr int tile_pitch(int columns) { return (round_up(columns, 16) / 8 | 1) * 8; }
 
-/// A logit in base 2 is  factor * (query . key + bias.factor * bias),  or with softcap
-/// cap * tanh(query . key / …) + bias.factor * bias: the bias is where the product's accumulators start.
+/// A logit in base 2 is  factor * (query . key + bias_factor * bias),  or with softcap
+/// cap * tanh(query . key / …) + bias_factor * bias.
 struct Logits {
-  float factor;         ///< from what the softmax is given to logits in base 2; positive
-  float bias_factor;    ///< what a bias is multiplied by before it is added
-  float largest_start;  ///< the largest magnitude of what accumulators may start from
-  float cap, inner;     ///< softcap * log2(e); 2 log2(e) scale / softcap
-  int sign;             ///< of the queries: -1, 0 or 1 (with softcap always 1)
+  float factor;       ///< from what the softmax is given to logits in base 2; positive
+  float bias_factor;  ///< what a bias is multiplied by before it is added
+  float cap, inner;   ///< softcap * log2(e); 2 log2(e) scale / softcap
+  int sign;           ///< of the queries: -1, 0 or 1 (with softcap always 1)
 };
 
 /// The largest magnitude that a finite bias may add: the sum stays finite.
