@@ -189,6 +189,18 @@ TEST(cuda_forward_in_parts) {
   }
 }
 
+// Beside a large reference the logarithm of a part's sum has no room for how many keys the part had.
+TEST(cuda_forward_in_parts_of_unequal_length) {
+  Random random(11);
+  Inputs in = make_inputs(random, {1, 1, 1100, 4, 2, 128});
+  in.bias = Tensor<4>(DType::float32, {1, 1, 1, 1100}).fill([] { return -1e30; });
+  in.value.for_each([&](const Index<4>& i) { in.value.set(i, i[1] < 1088 ? 1 : 0); });
+  EmulatedStream stream(90, 132);
+  const Results got = run(in, stream);
+  CHECK(stream.launched()[1].rfind("Combine", 0) == 0);
+  CHECK(difference(got.out, Tensor<4>(DType::float32, got.out.size).fill([] { return 1088 / 1100.0; })) < 4e-3);
+}
+
 TEST(cuda_probabilities) {
   Random random(8);
   Inputs in = make_inputs(random, {2, 90, 150, 4, 2, 8});

@@ -65,7 +65,7 @@ void forward(const Problem& problem, const Output& output, Stream& stream) {
   if (options.split) {
     const i64 rows = static_cast<i64>(shape.batch) * shape.heads * shape.query_len;
     params.split_out = stream.allocate_array<float>(static_cast<std::size_t>(splits * rows * head_dim));
-    params.split_lse = stream.allocate_array<float>(static_cast<std::size_t>(splits * rows));
+    params.split_sums = stream.allocate_array<PartialSum>(static_cast<std::size_t>(splits * rows));
     stream.launch(kernel(options), {static_cast<unsigned>(blocks), static_cast<unsigned>(splits)},
                   config.scores.threads(), config.shared_bytes, params);
     stream.launch(kernel(CombineOptions{arch, options.number}), {static_cast<unsigned>(rows)}, kCombineThreads,
@@ -75,7 +75,7 @@ void forward(const Problem& problem, const Output& output, Stream& stream) {
                                 .lse = params.lse,
                                 .splits = static_cast<int>(splits),
                                 .split_out = params.split_out,
-                                .split_lse = params.split_lse});
+                                .split_sums = params.split_sums});
   } else {
     stream.launch(kernel(options), {static_cast<unsigned>(blocks)}, config.scores.threads(), config.shared_bytes,
                   params);

@@ -27,21 +27,25 @@ struct Combine {
     const int thread = thread_index(), lane = thread % kWarp;
 
     // Every warp computes the same, for itself.
-    float highest = -kInfinity, sum = 0;
-    for (int i = lane; i < params.splits; i += kWarp) highest = maximum(highest, params.split_lse[i * rows + row]);
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) highest = maximum(highest, shuffle_xor(highest, mask));
-    const float reference = highest == -kInfinity ? 0 : highest;
+    PartialSum all{-kInfinity, 0};
     for (int i = lane; i < params.splits; i += kWarp) {
-      const float weight = fast_exp2((params.split_lse[i * rows + row] - reference) / kLn2);
-      sum += weight;
+      const PartialSum part = params.split_sums[i * rows + row];
+      if (part.sum > 0) all.reference = maximum(all.reference, part.reference);
+    }
+    for (int mask = kWarp / 2; mask > 0; mask /= 2)
+      all.reference = maximum(all.reference, shuffle_xor(all.reference, mask));
+    for (int i = lane; i < params.splits; i += kWarp) {
+      const PartialSum part = params.split_sums[i * rows + row];
+      const float weight = part.sum > 0 ? part.sum * fast_exp2(part.reference - all.reference) : 0;
+      all.sum += weight;
       if (thread < kWarp) shared.weight[i] = weight;
     }
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) all.sum += shuffle_xor(all.sum, mask);
     sync_block();
 
     const int q = static_cast<int>(row % shape.query_len), h = static_cast<int>(row / shape.query_len % shape.heads),
               b = static_cast<int>(row / shape.query_len / shape.heads);
-    const float scale = sum > 0 ? fast_reciprocal(sum) : 0;
+    const float scale = all.sum > 0 ? fast_reciprocal(all.sum) : 0;
     T* const out = params.out.template at<T>(b, q, h);
     for (int d = thread; d < shape.head_dim; d += kThreads) {
       const float* from = params.split_out + row * shape.head_dim + d;
@@ -51,7 +55,7 @@ struct Combine {
       for (int i = 0; i < params.splits; ++i) x += shared.weight[i] * from[i * stride];
       out[d] = from_float<T>(x * scale);
     }
-    if (thread == 0) *params.lse.at(b, h, q) = sum > 0 ? reference + fast_log2(sum) * kLn2 : -kInfinity;
+    if (thread == 0) *params.lse.at(b, h, q) = natural_lse(all.reference, all.sum);
   }
 };
 

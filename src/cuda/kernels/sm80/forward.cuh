@@ -142,17 +142,20 @@ struct Forward {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int row = scores.row_of(m, half);
-        float sum = quad_sum(softmax.sum[m][half]),
-              lse = softmax.finite_reference(m, half) * softmax.factor + fast_log2(sum);
-        float scale = fast_reciprocal(sum);
+        float sum = quad_sum(softmax.sum[m][half]), scale = fast_reciprocal(sum);
+        const float reference = softmax.finite_reference(m, half) * softmax.factor;
         const bool is_row = place.has(row);
         const int q = place.query_of(row), h = place.head_of(row);
-        if (sum == 0 || (is_row && params.scores.plan.is_hidden(place.b, place.unit, q))) scale = 0, lse = -kInfinity;
+        if (sum == 0 || (is_row && params.scores.plan.is_hidden(place.b, place.unit, q))) scale = sum = 0;
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n) out[m][n][2 * half] *= scale, out[m][n][2 * half + 1] *= scale;
         const i64 index = (static_cast<i64>(place.b) * shape.heads + h) * shape.query_len + q;
-        if (is_row && scores.lane % 4 == 0)
-          *(kOptions.split ? params.split_lse + split_offset() + index : params.lse.at(place.b, h, q)) = lse * kLn2;
+        if (is_row && scores.lane % 4 == 0) {
+          if constexpr (kOptions.split)
+            params.split_sums[split_offset() + index] = {reference, sum};
+          else
+            *params.lse.at(place.b, h, q) = natural_lse(reference, sum);
+        }
         if constexpr (kOptions.split) {
           if (is_row) write_floats(m, half, params.split_out + (split_offset() + index) * shape.head_dim);
         } else {

@@ -52,14 +52,21 @@ constexpr ForwardConfig forward_config(const ForwardOptions& options) {
   return {scores, blocks, forward_shared_bytes(scores)};
 }
 
+/// The sum of a row's exponentials, as 2^reference * sum. Not as its logarithm, which has no room for the sum beside a
+/// large reference.
+struct PartialSum {
+  float reference, sum;
+};
+
 struct ForwardParams {
   ScoresParams scores;
   Rows value, out;
   RowNumbers lse;
-  // With split: how many tiles of keys a part has, and where its output (splits, B, H, Q, D) and lse (splits, B, H, Q)
+  // With split: how many tiles of keys a part has, and where its output (splits, B, H, Q, D) and sums (splits, B, H, Q)
   // go.
   int split_tiles;
-  float *split_out = nullptr, *split_lse = nullptr;
+  float* split_out = nullptr;
+  PartialSum* split_sums = nullptr;
 };
 
 struct CombineOptions {
@@ -75,7 +82,8 @@ struct CombineParams {
   Rows out;
   RowNumbers lse;
   int splits;
-  const float *split_out, *split_lse;
+  const float* split_out;
+  const PartialSum* split_sums;
 };
 
 }  // namespace flash_dmattn::cuda

@@ -18,6 +18,9 @@ inline float quad_sum(float x) {
 
 constexpr float kLn2 = 0.6931471805599453f;
 
+/// The natural logarithm of 2^reference * sum, which a softmax divides by; -inf where it saw nothing.
+inline float natural_lse(float reference, float sum) { return (reference + fast_log2(sum)) * kLn2; }
+
 /// The reference of a row, which is subtracted from its scores, follows their maximum only when that has grown by more
 /// than this: rescaling what was summed is rare, and no term is larger than 2^8.
 constexpr float kSlack = 8;
