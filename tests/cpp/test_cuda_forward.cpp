@@ -24,6 +24,7 @@ FORWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, false, 128
 FORWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, false, 16, true);
 FORWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, false, 16, false);
 FORWARD(80, 128, Number::float16, Test::interval, BiasKind::none, false, 128, false);
+FORWARD(80, 128, Number::float16, Test::interval, BiasKind::per_key, false, 128, false);
 FORWARD(86, 256, Number::float16, Test::interval, BiasKind::none, false, 64, false);
 FORWARD(90, 256, Number::float16, Test::interval, BiasKind::none, false, 128, false);
 EMULATE(Combine<CombineOptions{90, Number::bfloat16}>);
@@ -85,7 +86,10 @@ TEST(cuda_forward_of_spans) {
 
 TEST(cuda_forward_of_head_dims_and_architectures) {
   Random random(2);
-  check_forward(make_inputs(random, {1, 150, 150, 1, 1, 128}, DType::float16), 80);
+  Inputs wide = make_inputs(random, {1, 150, 150, 1, 1, 128}, DType::float16);
+  check_forward(wide, 80);
+  wide.bias = normal(random, DType::float32, {1, 1, 1, 150});
+  check_forward(wide, 80);
   check_forward(make_inputs(random, {1, 70, 130, 2, 1, 256}, DType::float16), 90);
   check_forward(make_inputs(random, {1, 70, 130, 2, 1, 256}, DType::float16), 86);
   Inputs in = make_inputs(random, {1, 40, 100, 2, 2, 72}, DType::float16);

@@ -48,6 +48,8 @@ constexpr ForwardConfig forward_config(const ForwardOptions& options) {
   };
   if (options.rows == 16)
     while (blocks > 1 && !fits(2)) --blocks;
+  // One stage's addresses and 64 scores a thread leave too few registers for fetching biases.
+  if (blocks == 2 && options.bias == BiasKind::per_key && !fits(2)) scores.keys = 32;
   if (!fits(2)) scores.stages = 1;
   return {scores, blocks, forward_shared_bytes(scores)};
 }
