@@ -96,6 +96,7 @@ struct Backward {
       if (thread == 0) numbers.work.ticket = fetch_add(params.ticket, 1);
       sync_block();
       number = work.ticket;
+      sync_block();  // its place is written again
     }
     const int group_size = params.key_tiles * params.group, group = number / group_size;
     const int within = number % group_size, index = group * params.group + within % params.group;

@@ -78,7 +78,9 @@ struct Softmax {
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n) out[m][n][2 * half] *= scale, out[m][n][2 * half + 1] *= scale;
       }
-    is_far = ballot(far) != 0;
+    far = ballot(far) != 0;
+    sync_warp();
+    is_far = far;
     sync_warp();
     if (is_far) {
 #pragma unroll
