@@ -44,7 +44,7 @@ def cuda_figures(recorded: dict) -> str:
         "|---|---|---|---|",
     ]
     for row in rows:
-        figure = milliseconds(row["ms"]) if "ms" in row else f"{row['value']:.3g} {row['unit']}"
+        figure = milliseconds(row["ms"]) if "ms" in row else quantity(row["value"], row["unit"])
         tflops = f"{row['tflops']:.0f}" if "tflops" in row else ""
         peers = [
             f"{name} {'failed' if isinstance(time, str) else milliseconds(time)}"
@@ -54,7 +54,13 @@ def cuda_figures(recorded: dict) -> str:
     return "\n".join(lines)
 
 
+def quantity(value: float, unit: str) -> str:
+    return milliseconds(value) if unit == "ms" else f"{value:.3g} {unit}"
+
+
 def milliseconds(value: float) -> str:
+    if value >= 1000:
+        return f"{value / 1e3:.3g} s"
     return f"{1e3 * value:.0f} µs" if value < 0.1 else f"{value:.3g} ms"
 
 
