@@ -1,6 +1,6 @@
 #include "check.h"
 #include "flash_dmattn/attention.h"
-#include "reference.h"
+#include "random_inputs.h"
 
 namespace flash_dmattn::test {
 namespace {
@@ -22,29 +22,10 @@ double tolerance(DType dtype) {
 
 DType lse_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
-Tensor<4> normal(Random& random, DType dtype, Index<4> size, Index<4> order = {0, 1, 2, 3}, std::int64_t gap = 0) {
-  Tensor<4> t(dtype, size, order, gap);
-  return t.fill([&] { return random.normal(); });
-}
-
 Tensor<3> dynamic_end(const Tensor<3>& score, std::int64_t keep_window_size, std::int64_t query_len, bool is_causal) {
   Tensor<3> end(DType::int32, score.size);
   make_dynamic_mask({score, {}, keep_window_size, query_len, is_causal}, end, {}, kThreads);
   return end;
-}
-
-struct Sizes {
-  std::int64_t B = 1, Q = 1, K = 1, H = 1, Hk = 1, D = 8;
-};
-
-Inputs make_inputs(Random& random, const Sizes& n, DType dtype = DType::float32, bool is_causal = false) {
-  Inputs in;
-  in.query = normal(random, dtype, {n.B, n.Q, n.H, n.D});
-  in.key = normal(random, dtype, {n.B, n.K, n.Hk, n.D});
-  in.value = normal(random, dtype, {n.B, n.K, n.Hk, n.D});
-  in.scale = 1 / std::sqrt(static_cast<double>(n.D));
-  in.is_causal = is_causal;
-  return in;
 }
 
 struct Passes {

@@ -7,7 +7,7 @@
 #include "mask/plan_bits.cuh"
 #include "mask/plan_columns.cuh"
 #include "mask/plan_survivors.cuh"
-#include "reference.h"
+#include "random_inputs.h"
 #include "sm80/backward.cuh"
 #include "sm80/backward_rows.cuh"
 
@@ -43,24 +43,6 @@ EMULATE(BitLists);
 EMULATE(ColumnLists);
 
 using namespace test;
-
-struct Sizes {
-  std::int64_t B = 1, Q = 1, K = 1, H = 1, Hk = 1, D = 8;
-};
-
-Tensor<4> normal(Random& random, DType dtype, Index<4> size) {
-  return Tensor<4>(dtype, size).fill([&] { return random.normal(); });
-}
-
-Inputs make_inputs(Random& random, const Sizes& n, DType dtype, bool is_causal) {
-  Inputs in;
-  in.query = normal(random, dtype, {n.B, n.Q, n.H, n.D});
-  in.key = normal(random, dtype, {n.B, n.K, n.Hk, n.D});
-  in.value = normal(random, dtype, {n.B, n.K, n.Hk, n.D});
-  in.scale = 1 / std::sqrt(static_cast<double>(n.D));
-  in.is_causal = is_causal;
-  return in;
-}
 
 Tensor<3> dynamic_end(const Tensor<3>& score, std::int64_t keep_window_size, std::int64_t query_len) {
   Tensor<3> end(DType::int32, score.size);

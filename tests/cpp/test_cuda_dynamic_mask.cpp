@@ -6,7 +6,7 @@
 #include "flash_dmattn/cuda.h"
 #include "mask/dynamic_mask.cuh"
 #include "mask/select.cuh"
-#include "reference.h"
+#include "random_inputs.h"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -35,27 +35,6 @@ using namespace test;
 
 const Threads kThreads{.count = 2, .run = {}};
 constexpr std::initializer_list<DType> kDTypes = {DType::float16, DType::bfloat16, DType::float32, DType::float64};
-
-/// What differs: distinct scores, ties, all equal, rising, falling, infinities and NaN.
-constexpr int kKinds = 6;
-std::function<double()> scores(Random& random, int kind) {
-  return [&random, kind, step = 0.0]() mutable -> double {
-    switch (kind) {
-      case 0:
-        return random.normal();
-      case 1:
-        return std::round(random.normal());
-      case 2:
-        return 0;
-      case 3:
-        return ++step;
-      case 4:
-        return --step;
-      default:
-        return random.chance(0.2) ? random.pick({kNaN, kInfinity, -kInfinity, -0.0, 0.0}) : random.normal();
-    }
-  };
-}
 
 /// `end` is the CPU's; the survivors are those keys before the chunk whose end is not before it.
 void check_mask(const DynamicMask& mask, Stream& stream) {
@@ -113,7 +92,7 @@ TEST(dynamic_mask_of_random_scores) {
     const Index<3> size{random.integer(1, 2), random.integer(1, 2),
                         random.integer(1, random.pick({20, 700, 2100, 5000}))};
     const DType dtype = random.pick(kDTypes);
-    const int kind = static_cast<int>(random.integer(0, kKinds - 1));
+    const int kind = static_cast<int>(random.integer(0, kScoreKinds - 1));
     const double padding = random.pick({0.0, 0.0, 0.1, 1.0});
     const std::int64_t w = random.integer(1, random.chance(0.2) ? size[2] + 1 : random.pick({3, 100, 1000, 3000}));
     const Case c = make_case(random, dtype, size, kind, padding);
@@ -184,7 +163,7 @@ TEST(select_keys_as_the_cpu) {
     const auto order = [&] { return random.pick({Index<4>{0, 1, 2, 3}, Index<4>{3, 1, 0, 2}}); };
     const DType dtype = random.pick(kDTypes);
     Tensor<4> score(dtype, size(), order());
-    score.fill(scores(random, static_cast<int>(random.integer(0, kKinds - 1))));
+    score.fill(scores(random, static_cast<int>(random.integer(0, kScoreKinds - 1))));
     std::optional<Tensor<4>> visible;
     const double kept = random.pick({0.0, 0.6, 1.0});
     if (random.chance(0.6))

@@ -4,7 +4,7 @@
 #include "emulator.h"
 #include "flash_dmattn/cuda.h"
 #include "mask/plan_bits.cuh"
-#include "reference.h"
+#include "random_inputs.h"
 #include "sm80/combine.cuh"
 #include "sm80/forward.cuh"
 #include "sm80/probabilities.cuh"
@@ -35,22 +35,8 @@ EMULATE(BitLists);
 
 using namespace test;
 
-struct Sizes {
-  std::int64_t B = 1, Q = 1, K = 1, H = 1, Hk = 1, D = 8;
-};
-
-Tensor<4> normal(Random& random, DType dtype, Index<4> size) {
-  return Tensor<4>(dtype, size).fill([&] { return random.normal(); });
-}
-
-Inputs make_inputs(Random& random, const Sizes& n, DType dtype = DType::bfloat16, bool is_causal = true) {
-  Inputs in;
-  in.query = normal(random, dtype, {n.B, n.Q, n.H, n.D});
-  in.key = normal(random, dtype, {n.B, n.K, n.Hk, n.D});
-  in.value = normal(random, dtype, {n.B, n.K, n.Hk, n.D});
-  in.scale = 1 / std::sqrt(static_cast<double>(n.D));
-  in.is_causal = is_causal;
-  return in;
+Inputs make_inputs(Random& random, const Sizes& n, DType dtype = DType::bfloat16) {
+  return test::make_inputs(random, n, dtype, true);
 }
 
 struct Results {

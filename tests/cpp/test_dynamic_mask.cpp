@@ -1,6 +1,6 @@
 #include "check.h"
 #include "flash_dmattn/dynamic_mask.h"
-#include "reference.h"
+#include "random_inputs.h"
 
 namespace flash_dmattn::test {
 namespace {
@@ -28,26 +28,9 @@ Case random_case(Random& random, std::string& description) {
       random.chance(0.1) ? K + random.integer(0, 2) : random.integer(1, std::max<std::int64_t>(1, K / 2));
   c.query_len = random.chance(0.5) ? K : random.integer(0, 2 * K);
   c.is_causal = random.chance(0.8);
-  // Scores: distinct, with ties, all equal, rising, falling, with infinities and NaN.
-  const int kind = static_cast<int>(random.integer(0, 5));
-  double step = 0;
+  const int kind = static_cast<int>(random.integer(0, kScoreKinds - 1));
   c.score = Tensor<3>(dtype, {B, heads, K}, random.chance(0.5) ? Index<3>{0, 1, 2} : Index<3>{2, 1, 0});
-  c.score.fill([&]() -> double {
-    switch (kind) {
-      case 0:
-        return random.normal();
-      case 1:
-        return std::round(random.normal());
-      case 2:
-        return 0;
-      case 3:
-        return ++step;
-      case 4:
-        return --step;
-      default:
-        return random.chance(0.2) ? random.pick({kNaN, kInfinity, -kInfinity, -0.0, 0.0}) : random.normal();
-    }
-  });
+  c.score.fill(scores(random, kind));
   if (random.chance(0.4)) {
     const double kept = random.pick({0.0, 0.5, 0.9});
     c.key_padding_mask.emplace(DType::boolean, Index<2>{random.pick({B, std::int64_t{1}}), K});

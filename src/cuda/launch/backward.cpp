@@ -9,6 +9,7 @@
 #include "cuda/launch/plan.h"
 #include "cuda/launch/rows.h"
 #include "cuda/launch/scores.h"
+#include "cuda/launch/sizes.h"
 #include "flash_dmattn/cuda.h"
 #include "sm80/backward_params.cuh"
 
@@ -31,7 +32,7 @@ Kernel rows_kernel(const char* name, Number number) {
   return {kRowsHeader, std::string(name) + "<" + text(number) + ">"};
 }
 
-unsigned blocks_of(i64 threads) { return static_cast<unsigned>((threads + kRowThreads - 1) / kRowThreads); }
+unsigned blocks_of(i64 threads) { return static_cast<unsigned>(divide_up_wide(threads, kRowThreads)); }
 
 /// Lists whose tiles of keys are worked at together: enough to keep a GPU busy with few blocks for each row of dQ.
 constexpr int kGroup = 16;
@@ -199,7 +200,7 @@ class Pass {
       params.key_turn = params.query_turn + row_tiles_;
       stream_.zero(params.ticket, count * sizeof(int));
     }
-    const i64 groups = (lists + params.group - 1) / params.group;
+    const i64 groups = divide_up_wide(lists, params.group);
     stream_.launch(kernel(options_), {static_cast<unsigned>(groups * params.group * params.key_tiles)},
                    config_.threads(), config_.shared_bytes, params);
   }

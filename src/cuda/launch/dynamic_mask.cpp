@@ -9,6 +9,7 @@
 #include "kernel_list.h"
 #include "mask/dynamic_mask_params.cuh"
 #include "mask/select_params.cuh"
+#include "sizes.h"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -32,8 +33,6 @@ Kernel scan_lists(bool is_wide, bool in_shared) {
 }
 
 ScoreType score_type(DType dtype) { return kScoreTypes[static_cast<int>(dtype) - static_cast<int>(DType::float16)]; }
-
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 Keys make_keys(const DynamicMask& mask) {
   const View<3>& score = mask.score;
@@ -77,9 +76,9 @@ class DynamicMaskMaker {
         keep_(mask.keep_window_size),
         chunk_(survivor_chunk(keep_)) {
     const std::int64_t length = mask.score.size[2];
-    levels_.push_back(level(kGroup, divide_up(length, kGroup)));
+    levels_.push_back(level(kGroup, divide_up_wide(length, kGroup)));
     while (levels_.back().nodes > kWidestRoot)
-      levels_.push_back(level(levels_.back().length * kFan, divide_up(levels_.back().nodes, kFan)));
+      levels_.push_back(level(levels_.back().length * kFan, divide_up_wide(levels_.back().nodes, kFan)));
   }
 
   void make() {
@@ -102,7 +101,7 @@ class DynamicMaskMaker {
     if (top.nodes > 1) scan(top, true, 1, keep_, {}, {});
     for (std::size_t i = levels_.size() - 1; i > 0; --i)
       scan(levels_[i - 1], true, levels_[i].nodes, levels_[i].best.size, levels_[i].starts, {});
-    const std::int64_t chunks = divide_up(keys_.count, kChunk);
+    const std::int64_t chunks = divide_up_wide(keys_.count, kChunk);
     stream_.launch(
         scored(kHeader, "FindEnds", type_), grid(chunks), kFindThreads,
         find_ends_shared_bytes(static_cast<int>(keep_), sizeof(Score)),
@@ -186,7 +185,7 @@ void make_dynamic_mask(const DynamicMask& mask, const View<3>& end, const std::o
                        Stream& stream) {
   check(mask, end, std::nullopt);
   const auto [batch, heads, key_len] = mask.score.size;
-  const std::int64_t chunk = survivor_chunk(mask.keep_window_size), chunks = divide_up(key_len, chunk);
+  const std::int64_t chunk = survivor_chunk(mask.keep_window_size), chunks = divide_up_wide(key_len, chunk);
   if (survivors) check_survivors(mask, chunks, *survivors);
   if (batch * heads * key_len == 0) return;
 

@@ -6,6 +6,7 @@
 #include "cuda/launch/plan.h"
 #include "cuda/launch/rows.h"
 #include "cuda/launch/scores.h"
+#include "cuda/launch/sizes.h"
 #include "flash_dmattn/cuda.h"
 #include "sm80/forward_params.cuh"
 
@@ -50,10 +51,10 @@ void forward(const Problem& problem, const Output& output, Stream& stream) {
   shape.head_dim = head_dim;
   const MadePlan made = make_plan(problem, shape, options.rows / shape.pack, stream);
   const i64 blocks = static_cast<i64>(made.plan.runs) * shape.units() * shape.batch;
-  const i64 key_tiles = (made.longest + config.scores.keys - 1) / config.scores.keys;
+  const i64 key_tiles = divide_up_wide(made.longest, config.scores.keys);
   const i64 wanted = split_count(blocks, key_tiles, static_cast<i64>(stream.multiprocessors()) * config.blocks);
-  const i64 split_tiles = std::max<i64>((key_tiles + wanted - 1) / wanted, 1);
-  const i64 splits = std::max<i64>((key_tiles + split_tiles - 1) / split_tiles, 1);
+  const i64 split_tiles = std::max<i64>(divide_up_wide(key_tiles, wanted), 1);
+  const i64 splits = std::max<i64>(divide_up_wide(key_tiles, split_tiles), 1);
   options.split = splits > 1;
 
   const Rows out = aligned_output(output.out, stream);

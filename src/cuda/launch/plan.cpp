@@ -7,6 +7,7 @@
 #include "layout/repeat_params.cuh"
 #include "mask/plan_params.cuh"
 #include "rows.h"
+#include "sizes.h"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -42,8 +43,6 @@ std::int64_t segment_memory(std::int64_t mask_bytes) {
   return std::clamp(mask_bytes / 4, 16 * mebibyte, 96 * mebibyte);
 }
 
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-std::int64_t round_up(std::int64_t a, std::int64_t b) { return divide_up(a, b) * b; }
 Grid grid_of(std::int64_t blocks) { return {static_cast<unsigned>(blocks)}; }
 
 /// A plan in the making.
@@ -54,7 +53,7 @@ class Planner {
     if (problem.end) end_ = without_expand(*problem.end);
     if (problem.survivors) survivors_ = without_expand(*problem.survivors);
     plan_.run = run;
-    plan_.runs = static_cast<int>(divide_up(shape.query_len, run));
+    plan_.runs = static_cast<int>(divide_up_wide(shape.query_len, run));
     plan_.is_causal = problem.is_causal;
     longest_ = shape.key_len;
   }
@@ -102,7 +101,7 @@ class Planner {
     if (heads == 1 || heads == units) return params;
     const std::int64_t rows = view.size[0] * units;
     params.to = stream_.allocate_array<T>(static_cast<std::size_t>(rows * count));
-    stream_.launch(repeat, grid_of(rows * divide_up(count, RepeatConfig::kElements)), RepeatConfig::kThreads, 0,
+    stream_.launch(repeat, grid_of(rows * divide_up_wide(count, RepeatConfig::kElements)), RepeatConfig::kThreads, 0,
                    params);
     return {.from = params.to,
             .batch = view.size[0] == 1 ? 0 : static_cast<i64>(units) * count,
@@ -166,7 +165,7 @@ class Planner {
     if (survivors_->dtype == DType::int32 && fits(0, sizes_.batch) &&
         (fits(1, sizes_.heads) || fits(1, sizes_.kv_heads))) {
       if (size[3] >= shape_.key_len) return false;
-      if (size[2] == divide_up(shape_.key_len, survivor_chunk(size[3]))) return true;
+      if (size[2] == divide_up_wide(shape_.key_len, survivor_chunk(size[3]))) return true;
     }
     std::ostringstream message;
     message << "survivors: is " << name_of(survivors_->dtype) << " (" << size[0] << ", " << size[1] << ", " << size[2]
@@ -182,13 +181,13 @@ class Planner {
     const int slots = static_cast<int>(survivors_->size[3]), chunk = static_cast<int>(survivor_chunk(slots));
     // A run sees what survives at its start, and its own keys.
     longest_ = std::min<std::int64_t>(shape_.key_len, slots + plan_.run);
-    const std::int64_t capacity = round_up(longest_, kSlack);
+    const std::int64_t capacity = round_up_wide(longest_, kSlack);
     const SurvivorListsParams params{
         .lists = make_room(list_rows() * plan_.runs * capacity),
         .survivors = masking<int>(survivors_),
         .slots = slots,
         .chunk = chunk,
-        .blocks = static_cast<int>(divide_up(plan_.runs, Config::runs_per_block(plan_.run, slots, chunk))),
+        .blocks = static_cast<int>(divide_up_wide(plan_.runs, Config::runs_per_block(plan_.run, slots, chunk))),
         .capacity = static_cast<int>(capacity)};
     stream_.launch(kSurvivorLists, grid_of(list_rows() * params.blocks), Config::kThreads,
                    Config::shared_bytes(plan_.run, slots, chunk), params);
@@ -198,11 +197,11 @@ class Planner {
     using Config = ColumnListsConfig;
     list_for(masks_.columns);
     list_for(end_);
-    const std::int64_t capacity = round_up(shape_.key_len, kSlack);
+    const std::int64_t capacity = round_up_wide(shape_.key_len, kSlack);
     const std::int64_t few = Config::kFewStages * Config::kStage;
     const std::int64_t slice = shape_.key_len <= few ? few : 2 * Config::kStage;
     ColumnListsParams params{.lists = make_room(list_rows() * capacity),
-                             .slices = static_cast<int>(divide_up(shape_.key_len, slice)),
+                             .slices = static_cast<int>(divide_up_wide(shape_.key_len, slice)),
                              .slice = static_cast<int>(slice),
                              .counts = nullptr,
                              .is_counting = false,
@@ -227,7 +226,7 @@ class Planner {
     list_for(masks_.dense);
     list_for(end_);
     const View<4>& mask = *masks_.dense;
-    const int words = static_cast<int>(divide_up(plan_.run, 32)), segment = Config::segment(words);
+    const int words = static_cast<int>(divide_up_wide(plan_.run, 32)), segment = Config::segment(words);
     const std::int64_t entries = room_for_bits().start(plan_.runs), all = list_rows() * entries;
     BitListsParams params{.lists = make_room(all),
                           .mask = masking<unsigned char>(masks_.dense),
@@ -235,7 +234,7 @@ class Planner {
                           .words = words,
                           .bits = stream_.allocate_array<u32>(static_cast<std::size_t>((all + kSlack) * words)),
                           .room = room_for_bits(),
-                          .segments = static_cast<int>(divide_up(shape_.key_len, segment)),
+                          .segments = static_cast<int>(divide_up_wide(shape_.key_len, segment)),
                           .first_list = 0,
                           .counts = nullptr,
                           .segment_positions = nullptr,
@@ -258,10 +257,11 @@ class Planner {
 
   /// A run may list all keys that causality lets its last position see. Lists start at multiples of 4 entries.
   Staircase room_for_bits() const {
-    if (!plan_.is_causal) return {.first = round_up(shape_.key_len, 4), .step = 0, .empty = 0};
+    if (!plan_.is_causal) return {.first = round_up_wide(shape_.key_len, 4), .step = 0, .empty = 0};
     const std::int64_t first = shape_.first_position(), run = plan_.run, empty = first < 0 ? -first / run : 0;
-    return {
-        .first = round_up(first + (empty + 1) * run, 4), .step = round_up(run, 4), .empty = static_cast<int>(empty)};
+    return {.first = round_up_wide(first + (empty + 1) * run, 4),
+            .step = round_up_wide(run, 4),
+            .empty = static_cast<int>(empty)};
   }
 
   static bool is_aligned(const View<4>& mask) {

@@ -4,6 +4,7 @@
 #include "cuda/launch/plan.h"
 #include "cuda/launch/rows.h"
 #include "cuda/launch/scores.h"
+#include "cuda/launch/sizes.h"
 #include "flash_dmattn/cuda.h"
 #include "sm80/probabilities_params.cuh"
 
@@ -52,7 +53,7 @@ void probabilities(const Problem& problem, const View<3>& lse, const View<4>& pr
                      keys_of_block = std::int64_t{kProbabilitiesTiles} * config.keys;
   stream.launch(
       kernel(options),
-      {static_cast<unsigned>(blocks), static_cast<unsigned>((made.longest + keys_of_block - 1) / keys_of_block)},
+      {static_cast<unsigned>(blocks), static_cast<unsigned>(divide_up_wide(made.longest, keys_of_block))},
       config.threads(), probabilities_shared_bytes(config),
       ProbabilitiesParams{.scores = make_scores(problem, shape, made.plan, stream),
                           .lse = row_numbers(lse),

@@ -2,6 +2,7 @@
 
 #include "core/shape.h"
 #include "layout/copy_rows_params.cuh"
+#include "sizes.h"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -30,7 +31,7 @@ void copy(const Rows& from, std::int64_t from_dim, const Rows& to, std::int64_t 
           Stream& stream) {
   const std::int64_t rows = sizes.size[0] * sizes.size[1] * sizes.size[2];
   constexpr int per_block = CopyRowsConfig::kRowsPerBlock;
-  stream.launch(kCopyRows, {static_cast<unsigned>((rows + per_block - 1) / per_block)}, CopyRowsConfig::kThreads, 0,
+  stream.launch(kCopyRows, {static_cast<unsigned>(divide_up_wide(rows, per_block))}, CopyRowsConfig::kThreads, 0,
                 CopyRowsParams{.from = from,
                                .to = to,
                                .from_dim = static_cast<int>(from_dim),

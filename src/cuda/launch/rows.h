@@ -5,11 +5,12 @@
 #include "flash_dmattn/cuda.h"
 #include "kernel_list.h"
 #include "problem.cuh"
+#include "sizes.h"
 
 namespace flash_dmattn::cuda {
 
 /// Elements of a row as kernels see it: the head dim, padded with zeros.
-constexpr std::int64_t padded_dim(std::int64_t head_dim) { return (head_dim + 7) / 8 * 8; }
+constexpr std::int64_t padded_dim(std::int64_t head_dim) { return round_up_wide(head_dim, 8); }
 
 /// A tensor of 16-bit numbers (B, N, H, D): itself where rows of padded_dim(D) start at multiples of 16 bytes, else a
 /// copy in memory of `stream`.
