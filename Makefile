@@ -41,7 +41,7 @@ $(VENV)/installed: $(VENV)/tools $(package_files)
 test-cpp: $(VENV)/tools
 	$(bin)/cmake -S . -B $(BUILD)/cpp -G Ninja -D CMAKE_MAKE_PROGRAM=$(bin)/ninja
 	$(bin)/cmake --build $(BUILD)/cpp --parallel $(JOBS)
-	$(bin)/ctest --test-dir $(BUILD)/cpp --output-on-failure
+	$(bin)/ctest --test-dir $(BUILD)/cpp --parallel $(JOBS) --output-on-failure
 
 test-python: $(VENV)/installed
 	$(bin)/python -m pytest -n 2
@@ -61,7 +61,7 @@ test-thread: sanitizers := thread
 test-address test-thread: $(VENV)/tools
 	$(bin)/cmake -S . -B $(BUILD)/$@ -G Ninja -D CMAKE_MAKE_PROGRAM=$(bin)/ninja -D FLASH_DMATTN_SANITIZE=$(sanitizers)
 	$(bin)/cmake --build $(BUILD)/$@ --parallel $(JOBS)
-	$(bin)/ctest --test-dir $(BUILD)/$@ --output-on-failure
+	$(bin)/ctest --test-dir $(BUILD)/$@ --parallel $(JOBS) --output-on-failure
 
 # A wheel as pip builds it for anybody, in an environment of its own.
 wheel: $(BUILD)/wheel/built
