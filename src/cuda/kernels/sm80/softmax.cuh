@@ -45,6 +45,12 @@ struct Softmax {
   /// Far references are subtracted from the scores.
   template <int kColumnTiles, int kOutTiles>
   void follow(float (&score)[kRowTiles][kColumnTiles][4], float (&out)[kRowTiles][kOutTiles][4]) {
+    float scale[kRowTiles][2];
+    if (follow(score, scale)) rescale(out, scale);
+  }
+  /// The same, but that it leaves `out` alone: if it is true, `out` has to be rescaled.
+  template <int kColumnTiles>
+  bool follow(float (&score)[kRowTiles][kColumnTiles][4], float (&scale)[kRowTiles][2]) {
     float highest[kRowTiles][2];
     bool grows = false;
 #pragma unroll
@@ -59,24 +65,17 @@ struct Softmax {
         // False for -inf - -inf.
         grows |= (highest[m][half] - reference[m][half]) * factor > kSlack;
       }
-    if (is_far || ballot(grows) != 0) raise(highest, score, out);
-  }
-
-  template <int kColumnTiles, int kOutTiles>
-  void raise(const float (&highest)[kRowTiles][2], float (&score)[kRowTiles][kColumnTiles][4],
-             float (&out)[kRowTiles][kOutTiles][4]) {
+    if (!is_far && ballot(grows) == 0) return false;
     bool far = false;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float x = maximum(highest[m][half], reference[m][half]);
-        const float scale = x == -kInfinity ? 1.0f : fast_exp2((reference[m][half] - x) * factor);
+        scale[m][half] = x == -kInfinity ? 1.0f : fast_exp2((reference[m][half] - x) * factor);
         reference[m][half] = x;
         far |= finite_reference(m, half) * factor > kFar || finite_reference(m, half) * factor < -kFar;
-        sum[m][half] *= scale;
-#pragma unroll
-        for (int n = 0; n < kOutTiles; ++n) out[m][n][2 * half] *= scale, out[m][n][2 * half + 1] *= scale;
+        sum[m][half] *= scale[m][half];
       }
     far = ballot(far) != 0;
     sync_warp();
@@ -90,6 +89,16 @@ struct Softmax {
 #pragma unroll
           for (int i = 0; i < 4; ++i) score[m][n][i] -= finite_reference(m, i / 2);
     }
+    return true;
+  }
+  template <int kOutTiles>
+  static void rescale(float (&out)[kRowTiles][kOutTiles][4], const float (&scale)[kRowTiles][2]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[m][n][i] *= scale[m][i / 2];
   }
 
   float finite_reference(int m, int half) const { return reference[m][half] == -kInfinity ? 0.0f : reference[m][half]; }
