@@ -16,8 +16,6 @@ from . import cuda_kernels
 torch.ops.load_library(Path(__file__).with_name("_C.so"))
 cuda_kernels.set_up()
 
-forward = torch.ops.flash_dmattn.forward
-backward = torch.ops.flash_dmattn.backward
 probabilities = torch.ops.flash_dmattn.probabilities
 dynamic_mask = torch.ops.flash_dmattn.dynamic_mask
 select_keys = torch.ops.flash_dmattn.select_keys
@@ -83,29 +81,52 @@ def _(score: Tensor, *arguments: Any) -> Tensor:
     return score.new_empty(score.shape, dtype=torch.bool)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, scale, softcap, is_causal, deterministic = inputs
-    ctx.options = scale, softcap, is_causal, deterministic
-    ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)
+# torch.library.register_autograd would call Functions like these from within the dispatcher, and turn every argument
+# from Python to C++ and back once more: several times the host time of the operator itself.
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, *masks, out, lse = ctx.saved_tensors  # mask, bias, end, survivors
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    needs_bias_grad = ctx.needs_input_grad[4]
-    grad_query, grad_key, grad_value, grad_bias = backward(
-        grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
-    )
-    return grad_query, grad_key, grad_value, None, grad_bias if needs_bias_grad else None, *[None] * 6
+def forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator forward, with gradients."""
+    if torch.is_grad_enabled():
+        bias = arguments[1]
+        if query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad):
+            return _Forward.apply(query, key, value, *arguments)
+    return torch.ops.flash_dmattn.forward(query, key, value, *arguments)
 
 
-torch.library.register_autograd("flash_dmattn::forward", _backward, setup_context=_save_for_backward)
+def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The operator backward, whose gradients cannot be differentiated."""
+    return (_Backward.apply if torch.is_grad_enabled() else torch.ops.flash_dmattn.backward)(*arguments)
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-    raise NotImplementedError("flash_dmattn has no double backward: gradients of attention cannot be differentiated")
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        out, lse = torch.ops.flash_dmattn.forward(*arguments)
+        ctx.save_for_backward(*arguments[:7], out, lse)
+        ctx.options = arguments[7:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, *masks, out, lse = ctx.saved_tensors  # mask, bias, end, survivors
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        needs_bias_grad = ctx.needs_input_grad[4]
+        grad_query, grad_key, grad_value, grad_bias = backward(
+            grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
+        )
+        return grad_query, grad_key, grad_value, None, grad_bias if needs_bias_grad else None, *[None] * 6
 
 
-torch.library.register_autograd("flash_dmattn::backward", _refuse_double_backward)
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.flash_dmattn.backward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise NotImplementedError(
+            "flash_dmattn has no double backward: gradients of attention cannot be differentiated"
+        )
