@@ -21,14 +21,15 @@ struct SortKeys {
   static void run(const Params& params, char* shared) {
     auto& buffers = *reinterpret_cast<SortBuffers<Score>*>(shared);
     List<Score, u16> now = buffers.list(0), next = buffers.list(1);
-    const int row = block_index() / params.groups, first = block_index() % params.groups * kGroup;
+    const int block = block_index(), row = block / params.groups, first = block % params.groups * kGroup;
+    int* const ends = params.end.row(row);
     Score score[kEach];
     params.keys.template ranks<kType>(row, first + thread_index(), kThreads, score);
     for (int e = 0; e < kEach; ++e) {
       const int i = e * kThreads + thread_index(), k = first + i;
       now.score[i] = score[e];
       if (k < params.keys.count)
-        params.end.at(row, k) = params.end.is_causal && score[e] != kNoKey ? params.keys.count : params.end.never(k);
+        ends[k * params.end.key] = params.end.is_causal && score[e] != kNoKey ? params.keys.count : params.end.never(k);
     }
     sync_block();
     sort_own(now, next);
@@ -36,11 +37,11 @@ struct SortKeys {
     for (int run = kEach; run < kGroup; run *= 2) {
       if (run == kChunk && params.chunk_lists.exist())
         for (int c = 0; c < kChunksPerGroup - 1; ++c)  // those that another of the group comes after
-          store(now.from(c * kChunk), first, params.chunk_lists, static_cast<i64>(block_index()) * kChunksPerGroup + c);
+          store(now.from(c * kChunk), first, params.chunk_lists, static_cast<i64>(block) * kChunksPerGroup + c);
       merge_runs<kEach>(now, next, run);
       swap(now, next);
     }
-    store(now, first, params.group_lists, block_index());
+    store(now, first, params.group_lists, block);
   }
 
   /// This thread's keys, from the newest on, by exchanges of neighbours, which leave equal ones in order.
@@ -98,22 +99,18 @@ struct ScanLists {
     }
     const auto child_list = [&](int child) { return params.children.at(row_children + child); };
     const auto fetch = [&](int child) {
-      if constexpr (kInShared) {
-        const List<Score> in = child_list(child), copy = copies.from(child % 2 * size);
-        copy_in_background(copy.score, in.score, size);
-        copy_in_background(copy.position, in.position, size);
-        commit_copies();
-      }
+      if constexpr (kInShared) copy_in_background<kThreads>(child_list(child), copies.from(child % 2 * size), size);
     };
 
     fetch(first);
-    load_start(params.node_starts, node, now, capacity);
+    load_start<kThreads, kInShared>(params.node_starts, node, now, capacity);
     for (int child = first; child < last; ++child) {
+      commit_copies();
       wait_copies<0>();
       sync_block();
       if (child + 1 < last) fetch(child + 1);
       if (params.child_starts.exist())
-        copy_list(now.from(capacity - size), params.child_starts.at(row_children + child), size);
+        copy_list<kThreads>(now.from(capacity - size), params.child_starts.at(row_children + child), size);
       if (params.survivors.data && child % params.survivors_every == 0)
         params.survivors.store(row, child / params.survivors_every, now.position, capacity, t, kThreads);
       if (child + 1 == last && !params.best.exist()) return;
@@ -123,13 +120,7 @@ struct ScanLists {
       swap(now, next);
     }
     sync_block();
-    copy_list(now, params.best.at(node), capacity);
-  }
-
-  template <class T>
-  static void copy_in_background(T* shared, const T* global, int count) {
-    for (int i = thread_index(); i < count * static_cast<int>(sizeof(T) / 4); i += kThreads)
-      copy_async_4(reinterpret_cast<u32*>(shared) + i, reinterpret_cast<const u32*>(global) + i, true);
+    copy_list<kThreads>(now, params.best.at(node), capacity);
   }
 };
 
@@ -141,7 +132,7 @@ struct FindEnds {
   static_assert(kEach == 2);
 
   static void run(const Params& params, char* shared) {
-    const int row = block_index() / params.chunks, chunk = block_index() % params.chunks;
+    const int block = block_index(), row = block / params.chunks, chunk = block % params.chunks;
     const int group = chunk / kChunksPerGroup, before = chunk % kChunksPerGroup, first = chunk * kChunk;
     const int keep = params.keep, capacity = least(keep, kGroup), slots = find_ends_slots(keep), t = thread_index();
 
@@ -152,12 +143,15 @@ struct FindEnds {
     List<Score> next = now.from(slots), earlier = next.from(slots);
     const List<Score, u16> runs = {earlier.score, reinterpret_cast<u16*>(earlier.position)};
 
+    const i64 row_group = static_cast<i64>(row) * params.groups + group;
+    load_start<kThreads, true>(params.group_starts, row_group, now, capacity);
+    const int size = params.chunk_lists.size;
+    copy_in_background<kThreads>(params.chunk_lists.at(row_group * kChunksPerGroup), earlier, before * size);
+    commit_copies();
     Score own[kEach];
     params.keys.template ranks<kType>(row, first + t, kThreads, own);
-    const i64 row_group = static_cast<i64>(row) * params.groups + group;
-    load_start(params.group_starts, row_group, now, capacity);
-    const int size = params.chunk_lists.size;
-    copy_list(params.chunk_lists.at(row_group * kChunksPerGroup), earlier, before * size);
+    int* const ends = params.end.row(row);
+    wait_copies<0>();
     sync_block();
     for (int c = 0; c < before; ++c) {
       for (int rank = 4 * t; rank < capacity; rank += 4 * kThreads)
@@ -201,7 +195,7 @@ struct FindEnds {
     for (int i = kEach * t; i < kEach * (t + 1); ++i) {
       const bool is_better = runs.score[i] >= survive.score[i];
       if ((is_better ? survive.score[i] : runs.score[i]) != kNoKey)
-        params.end.at(row, is_better ? survive.position[i] : first + i) = first + i;
+        ends[(is_better ? survive.position[i] : first + i) * params.end.key] = first + i;
     }
   }
 };
@@ -212,9 +206,11 @@ struct KeepBest {
   static constexpr int kThreads = kKeepThreads, kBlocksPerMultiprocessor = 1;
 
   static void run(const Params& params, char*) {
-    const List<Score> best = params.best.at(block_index());
+    const int row = block_index();
+    const List<Score> best = params.best.at(row);
+    int* const ends = params.end.row(row);
     for (int i = thread_index(); i < params.best.size; i += kThreads)
-      if (best.position[i] >= 0) params.end.at(block_index(), best.position[i]) = params.keys;
+      if (best.position[i] >= 0) ends[best.position[i] * params.end.key] = params.keys;
   }
 };
 
@@ -226,11 +222,13 @@ struct KeepAll {
   static void run(const Params& params, char* shared) {
     int* counts = reinterpret_cast<int*>(shared);  // of each warp
     const Keys& keys = params.keys;
-    const int row = block_index() / params.chunks, chunk = block_index() % params.chunks, t = thread_index();
+    const int block = block_index(), row = block / params.chunks, chunk = block % params.chunks, t = thread_index();
     const int first = static_cast<int>(static_cast<i64>(chunk) * params.chunk);
+    int* const ends = params.end.row(row);
     for (int i = t; i < least(params.chunk, keys.count - first); i += kThreads)
-      params.end.at(row, first + i) = keys.exists(row, first + i) ? keys.count : params.end.never(first + i);
+      ends[(first + i) * params.end.key] = keys.exists(row, first + i) ? keys.count : params.end.never(first + i);
     if (!params.survivors.data) return;
+    int* const survivors = params.survivors.row(row, chunk);
     // The keys before the chunk that exist, from the left, then -1.
     int found = 0;
     for (int k0 = 0; k0 < first; k0 += kThreads) {
@@ -243,10 +241,10 @@ struct KeepAll {
         at += warp < t / kWarp ? counts[warp] : 0;
         found += counts[warp];
       }
-      if (exists) params.survivors.at(row, chunk, at) = k0 + t;
+      if (exists) survivors[at * params.survivors.slot] = k0 + t;
       sync_block();
     }
-    for (int i = found + t; i < keys.count; i += kThreads) params.survivors.at(row, chunk, i) = -1;
+    for (int i = found + t; i < keys.count; i += kThreads) survivors[i * params.survivors.slot] = -1;
   }
 };
 

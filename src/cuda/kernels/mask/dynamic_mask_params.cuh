@@ -19,20 +19,17 @@ struct Keys {
   constexpr bool exists(int row, int k) const {
     return k < count && (!padding || padding[row / heads * padding_batch + k * padding_key]);
   }
-  template <ScoreType kType>
-  constexpr typename Ranking<kType>::Bits number(int row, int k) const {
-    using Bits = typename Ranking<kType>::Bits;
-    return k < count ? static_cast<const Bits*>(score)[row / heads * batch + row % heads * head + k * key] : Bits{};
-  }
   /// The ranks of the keys first, first + step, …; all numbers are asked for before the first is waited for.
   template <ScoreType kType, int kEach>
   constexpr void ranks(int row, int first, int step, typename Ranking<kType>::Score (&rank)[kEach]) const {
-    typename Ranking<kType>::Bits numbers[kEach];
-    for (int e = 0; e < kEach; ++e) numbers[e] = number<kType>(row, first + e * step);
+    using Bits = typename Ranking<kType>::Bits;
+    const Bits* const scores = static_cast<const Bits*>(score) + row / heads * batch + row % heads * head;
+    Bits numbers[kEach];
     for (int e = 0; e < kEach; ++e) {
-      const bool is_there = exists(row, first + e * step);
-      rank[e] = is_there ? rank_of<kType>(numbers[e]) : kNoKey;
+      const int k = first + e * step;
+      numbers[e] = k < count ? scores[k * key] : Bits{};
     }
+    for (int e = 0; e < kEach; ++e) rank[e] = exists(row, first + e * step) ? rank_of<kType>(numbers[e]) : kNoKey;
   }
 };
 
@@ -47,7 +44,7 @@ struct Ends {
   /// Of a key that no query sees.
   constexpr int never(int k) const { return is_causal ? k : first_position; }
 
-  constexpr int& at(int row, int k) const { return data[row / heads * batch + row % heads * head + k * key]; }
+  constexpr int* row(int r) const { return data + r / heads * batch + r % heads * head; }
 };
 
 /// (B, heads, chunks, slots) int32.
@@ -56,12 +53,11 @@ struct Survivors {
   i64 batch, head, chunk, slot;
   int heads;
 
-  constexpr int& at(int row, int c, int i) const {
-    return data[row / heads * batch + row % heads * head + c * chunk + i * slot];
-  }
+  constexpr int* row(int r, int c) const { return data + r / heads * batch + r % heads * head + c * chunk; }
   /// By `threads` threads, of which this is one.
-  constexpr void store(int row, int c, const int* positions, int count, int thread, int threads) const {
-    for (int i = thread; i < count; i += threads) at(row, c, i) = positions[i];
+  constexpr void store(int r, int c, const int* positions, int count, int thread, int threads) const {
+    int* const out = row(r, c);
+    for (int i = thread; i < count; i += threads) out[i * slot] = positions[i];
   }
 };
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "mask/dynamic_mask_params.cuh"
 #include "ptx/block.cuh"
+#include "ptx/memory.cuh"
 #include "ptx/warp.cuh"
 
 namespace flash_dmattn::cuda {
@@ -14,18 +15,17 @@ void swap(T& a, T& b) {
   b = c;
 }
 
-/// How many of the first `rank` entries of the merged list are of the newer one.
+/// How many of the first `rank` entries of the merged list are of the newer one. How many are left to look at does not
+/// depend on what they are: only scores are waited for.
 template <class Score>
 int newer_before(const Score* older, int older_size, const Score* newer, int newer_size, int rank) {
-  int low = most(0, rank - older_size), high = least(rank, newer_size);
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (newer[middle] >= older[rank - 1 - middle])
-      low = middle + 1;
-    else
-      high = middle;
+  int found = most(0, rank - older_size);
+  for (int left = least(rank, newer_size) - found; left > 0;) {
+    const int step = (left + 1) >> 1;
+    if (newer[found + step - 1] >= older[rank - found - step]) found += step;
+    left -= step;
   }
-  return low;
+  return found;
 }
 
 /// Entries [rank, rank + kEach) of the merged list, as far as they are before `end`, to the same places of `out`.
@@ -33,19 +33,24 @@ template <int kEach, class Score, class Position>
 void merge_part(List<Score, Position> older, int older_size, List<Score, Position> newer, int newer_size,
                 List<Score, Position> out, int rank, int end) {
   int j = newer_before(older.score, older_size, newer.score, newer_size, rank), i = rank - j;
-  Score x = i < older_size ? older.score[i] : Score{}, y = j < newer_size ? newer.score[j] : Score{};
+  Score score[kEach];
+  const Position* position[kEach];
   for (int e = 0; e < kEach; ++e) {
-    if (rank + e >= end) return;
-    if (j < newer_size && (i >= older_size || y >= x)) {
-      out.score[rank + e] = y;
-      out.position[rank + e] = newer.position[j];
-      y = ++j < newer_size ? newer.score[j] : Score{};
-    } else {
-      out.score[rank + e] = x;
-      out.position[rank + e] = older.position[i];
-      x = ++i < older_size ? older.score[i] : Score{};
-    }
+    const Score x = i < older_size ? older.score[i] : Score{}, y = j < newer_size ? newer.score[j] : Score{};
+    const bool is_newer = j < newer_size && y >= x;
+    score[e] = is_newer ? y : x;
+    position[e] = is_newer ? newer.position + j : older.position + i;
+    j += is_newer;
+    i += !is_newer;
   }
+  Position found[kEach];
+  for (int e = 0; e < kEach; ++e)
+    if (rank + e < end) found[e] = *position[e];
+  for (int e = 0; e < kEach; ++e)
+    if (rank + e < end) {
+      out.score[rank + e] = score[e];
+      out.position[rank + e] = found[e];
+    }
 }
 
 /// After each thread has written kEach consecutive entries: those who will read any of the same `entries` (a power of
@@ -62,25 +67,44 @@ void sync_writers(int entries) {
 template <int kEach, class Score>
 void merge_runs(List<Score, u16> in, List<Score, u16> out, int run) {
   const int at = thread_index() * kEach, rank = at & (2 * run - 1), first = at - rank;
-  merge_part<kEach>(in.from(first), run, in.from(first + run), run, out.from(first), rank, 2 * run);
+  merge_part<kEach>(in.from(first), run, in.from(first + run), run, out.from(first), rank, rank + kEach);
   sync_writers<kEach>(4 * run);
 }
 
-template <class Score>
+template <int kThreads, class Score>
 void copy_list(List<Score> in, List<Score> out, int count) {
-  for (int i = thread_index(); i < count; i += block_threads()) {
+#pragma unroll 2
+  for (int i = thread_index(); i < count; i += kThreads) {
     out.score[i] = in.score[i];
     out.position[i] = in.position[i];
   }
 }
 
+/// To shared memory, where it is after wait_copies.
+template <int kThreads, class Score>
+void copy_in_background(List<Score> in, List<Score> shared, int count) {
+  constexpr int kWords = sizeof(Score) / 4;
+#pragma unroll 2
+  for (int i = thread_index(); i < count; i += kThreads) {
+    for (int word = 0; word < kWords; ++word)
+      copy_async_4(reinterpret_cast<u32*>(shared.score + i) + word, reinterpret_cast<const u32*>(in.score + i) + word,
+                   true);
+    copy_async_4(shared.position + i, in.position + i, true);
+  }
+}
+
 /// What survives at the start of a node: nothing where there are no lists.
-template <class Score>
+template <int kThreads, bool kInShared, class Score>
 void load_start(const Lists<Score>& starts, i64 index, List<Score> out, int count) {
-  if (starts.exist()) return copy_list(starts.at(index), out, count);
-  for (int i = thread_index(); i < count; i += block_threads()) {
-    out.score[i] = kNoKey;
-    out.position[i] = -1;
+  if (!starts.exist()) {
+    for (int i = thread_index(); i < count; i += kThreads) {
+      out.score[i] = kNoKey;
+      out.position[i] = -1;
+    }
+  } else if constexpr (kInShared) {
+    copy_in_background<kThreads>(starts.at(index), out, count);
+  } else {
+    copy_list<kThreads>(starts.at(index), out, count);
   }
 }
 

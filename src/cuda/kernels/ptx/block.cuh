@@ -16,7 +16,6 @@ __forceinline__ int thread_index_anew() {
   __builtin_assume(index >= 0 && index < 1024);
   return index;
 }
-__forceinline__ int block_threads() { return static_cast<int>(blockDim.x); }
 /// Read anew by every call: what follows from it needs no register in between.
 __forceinline__ int block_index() {
   int x;

@@ -7,7 +7,6 @@ namespace flash_dmattn::cuda {
 
 inline int thread_index() { return emulator::self->index; }
 inline int thread_index_anew() { return thread_index(); }
-inline int block_threads() { return emulator::self->block->threads; }
 inline int block_index() { return emulator::self->block->index[0]; }
 inline int block_index_y() { return emulator::self->block->index[1]; }
 inline int block_index_z() { return emulator::self->block->index[2]; }
@@ -18,6 +17,10 @@ inline void sync_block() { emulator::meet_block(0, emulator::self->block->thread
 inline void sync_threads(int id, int threads) {
   if (id < 1 || id > 15 || threads % 32 != 0) emulator::fail("sync_threads: no such barrier");
   emulator::meet_block(id, threads);
+}
+inline void arrive_threads(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32 != 0) emulator::fail("arrive_threads: no such barrier");
+  emulator::meet_block(id, threads, false);
 }
 
 }  // namespace flash_dmattn::cuda
