@@ -182,15 +182,16 @@ class Planner {
     // A run sees what survives at its start, and its own keys.
     longest_ = std::min<std::int64_t>(shape_.key_len, slots + plan_.run);
     const std::int64_t capacity = round_up_wide(longest_, kSlack);
-    const SurvivorListsParams params{
-        .lists = make_room(list_rows() * plan_.runs * capacity),
-        .survivors = masking<int>(survivors_),
-        .slots = slots,
-        .chunk = chunk,
-        .blocks = static_cast<int>(divide_up_wide(plan_.runs, Config::runs_per_block(plan_.run, slots, chunk))),
-        .capacity = static_cast<int>(capacity)};
+    const int runs_per_block = Config::runs_per_block(plan_.run, slots, chunk);
+    const SurvivorListsParams params{.lists = make_room(list_rows() * plan_.runs * capacity),
+                                     .survivors = masking<int>(survivors_),
+                                     .slots = slots,
+                                     .chunk = chunk,
+                                     .runs_per_block = runs_per_block,
+                                     .blocks = static_cast<int>(divide_up_wide(plan_.runs, runs_per_block)),
+                                     .capacity = static_cast<int>(capacity)};
     stream_.launch(kSurvivorLists, grid_of(list_rows() * params.blocks), Config::kThreads,
-                   Config::shared_bytes(plan_.run, slots, chunk), params);
+                   Config::shared_bytes(plan_.run, runs_per_block), params);
   }
 
   void list_columns() {

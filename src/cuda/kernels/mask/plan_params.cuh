@@ -43,17 +43,17 @@ struct ListsParams {
 
 /// Lists from survivors: what the runs of a block have in common is read once.
 struct SurvivorListsConfig {
-  static constexpr int kThreads = 512, kWarps = kThreads / 32;
-  static constexpr int kEntries = 4, kStage = kThreads * kEntries;  // candidates in shared memory at a time
+  static constexpr int kThreads = 256, kWarps = kThreads / 32;
+  static constexpr int kEntries = 6, kStage = kThreads * kEntries;  // candidates in shared memory at a time
   static constexpr int kLongestRun = 4096;
-  /// Runs per block, a warp for each: as many as have about as many keys of their own as survivors in common.
+  /// Runs per block, a warp for each: as many as have half as many keys of their own as survivors in common.
   static constexpr int runs_per_block(int run, int slots, int chunk) {
-    return most(1, least(kWarps, most(slots, chunk) / run));
+    return most(1, least(kWarps, most(slots, chunk) / 2 / run));
   }
   /// A run of t positions tests at most the t keys that die in it and the t that come in it.
   static constexpr int tested_capacity(int run) { return 2 * run; }
-  static constexpr int shared_bytes(int run, int slots, int chunk) {
-    return kStage * 8 + kWarps * 4 + runs_per_block(run, slots, chunk) * tested_capacity(run) * 4;
+  static constexpr int shared_bytes(int run, int runs_per_block) {
+    return kStage * (8 + 4) + kWarps * 4 + runs_per_block * tested_capacity(run) * 4;
   }
 };
 
@@ -61,8 +61,8 @@ struct SurvivorListsParams {
   ListsParams lists;
   Masking<int> survivors;  // `query` is the stride from one chunk to the next, `key` from one slot to the next
   int slots, chunk;
-  int blocks;    // for each list head
-  int capacity;  // of a list
+  int runs_per_block, blocks;  // blocks: for each list head
+  int capacity;                // of a list
 };
 
 /// Lists of a mask that is the same for all queries: one list for each list head, of which every run has the beginning.
