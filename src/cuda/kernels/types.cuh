@@ -18,6 +18,15 @@ struct bfloat16 {
 /// The dtypes that kernels compute in.
 enum class Number : int { float16, bfloat16 };
 
+template <Number kNumber>
+struct TypeOf {
+  using type = bfloat16;
+};
+template <>
+struct TypeOf<Number::float16> {
+  using type = float16;
+};
+
 constexpr int kSmallest = -2147483647 - 1, kLargest = 2147483647;
 
 template <class T>

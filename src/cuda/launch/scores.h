@@ -8,7 +8,7 @@
 #include "cuda/launch/plan.h"
 #include "cuda/launch/rows.h"
 #include "flash_dmattn/attention.h"
-#include "sm80/scores_params.cuh"
+#include "attention/scores_params.cuh"
 
 namespace flash_dmattn::cuda {
 

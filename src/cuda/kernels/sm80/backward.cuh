@@ -3,13 +3,13 @@
 // belong to a row of the accumulators, and P^T and dS^T are operands of dV += P^T dO and dK += dS^T Q as they are.
 //     P = exp(S - lse),  dP = dO V^T,  dS = P (dP - delta),  dBias += dS,  dQ += dS K
 #pragma once
+#include "attention/softmax.cuh"
 #include "ptx/block.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/number.cuh"
 #include "ptx/warp.cuh"
 #include "sm80/backward_params.cuh"
-#include "sm80/softmax.cuh"
 #include "sm80/tiles.cuh"
 
 namespace flash_dmattn::cuda {

@@ -1,10 +1,10 @@
 // Joins what the parts of a list gave: one block for each row (batch, query head, query).
 #pragma once
+#include "attention/softmax.cuh"
 #include "ptx/block.cuh"
 #include "ptx/number.cuh"
 #include "ptx/warp.cuh"
 #include "sm80/forward_params.cuh"
-#include "sm80/softmax.cuh"
 #include "sm80/tiles.cuh"
 
 namespace flash_dmattn::cuda {

@@ -1,8 +1,8 @@
 // The forward pass for GPUs from compute capability 8.0 on: FlashAttention-2's way over the key lists of a plan.
 #pragma once
+#include "attention/softmax.cuh"
 #include "sm80/forward_params.cuh"
 #include "sm80/scores.cuh"
-#include "sm80/softmax.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -136,7 +136,7 @@ struct Forward {
 
   void write() {
     const Shape& shape = params.scores.shape;
-    const Place place(params.scores);
+    const Place place(params.scores, block_index());
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll

@@ -1,11 +1,12 @@
 // The scores of one tile of queries with the keys of its list, a tile of keys after the other.
 #pragma once
+#include "attention/logits.cuh"
+#include "attention/place.cuh"
 #include "ptx/block.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/number.cuh"
 #include "ptx/warp.cuh"
-#include "sm80/masks.cuh"
 #include "sm80/scores_params.cuh"
 #include "sm80/tiles.cuh"
 
@@ -36,25 +37,6 @@ struct ScoresShared {
   int is_far[8];                                                            // of each warp, for Softmax
 };
 
-/// Which rows a block's tile has. Blocks take the longest lists first: of a causal call those of the last queries.
-struct Place {
-  const ScoresParams& params;
-  int b, unit, run, first_query;
-
-  explicit Place(const ScoresParams& given) : params(given) {
-    const int units = params.shape.units(), index = block_index();
-    unit = index % units;
-    b = index / units % params.shape.batch;
-    run = params.plan.runs - 1 - index / units / params.shape.batch;
-    first_query = run * params.plan.run;
-  }
-  int query_of(int row) const { return first_query + row / params.shape.pack; }
-  int head_of(int row) const { return unit * params.shape.pack + row % params.shape.pack; }
-  bool has(int row) const {
-    return row / params.shape.pack < params.plan.run && query_of(row) < params.shape.query_len;
-  }
-};
-
 /// What a thread knows of its block's work.
 template <ScoresConfig kConfig>
 struct Scores {
@@ -67,6 +49,7 @@ struct Scores {
   const ScoresParams& params;
   Shared& shared;
   const int thread, lane, warp_row;  // warp_row: its first row
+  const Biases<T> biases;
   const Place place;
   const KeyList list;
   const int tiles, tested;  // of keys; the first that needs a test
@@ -77,14 +60,16 @@ struct Scores {
         thread(thread_index()),
         lane(thread % kWarp),
         warp_row(thread / kWarp * kRowTiles * 16),
-        place(given),
+        biases(given),
+        place(given, block_index()),
         list(given.plan.list(given.shape, place.b, place.unit, place.run)),
         tiles(divide_up(list.count, kKeys)),
         tested(least(list.full, list.count) / kKeys) {
     for (int row = thread; row < kConfig.rows; row += kThreads) {
       shared.row_position[row] = place.query_of(row) + given.shape.first_position();
       if constexpr (kConfig.bias == BiasKind::full)
-        shared.row_bias[row] = place.has(row) ? bias_of(place.head_of(row), place.query_of(row)) : given.bias.data;
+        shared.row_bias[row] =
+            place.has(row) ? biases.row(place.b, place.head_of(row), place.query_of(row)) : given.bias.data;
     }
     if (thread != 0) return;
     shared.origins = {
@@ -93,7 +78,7 @@ struct Scores {
         given.plan.positions ? given.plan.positions + list.offset : nullptr,
         given.plan.end ? given.plan.end + place.b * given.plan.end_batch + place.unit * given.plan.end_unit : nullptr,
         given.plan.bits + list.offset * given.plan.words,
-        kConfig.bias == BiasKind::per_key ? bias_of(place.unit * given.shape.pack, 0) : nullptr,
+        kConfig.bias == BiasKind::per_key ? biases.row(place.b, place.unit * given.shape.pack, 0) : nullptr,
         list.count,
         tiles - 1,
         tested};
@@ -147,21 +132,6 @@ struct Scores {
     else
       *to = entry;
   }
-  const void* bias_of(int head, int query) const {
-    const Bias& bias = params.bias;
-    return static_cast<const char*>(bias.data) + bias.offset(place.b, head, query, 0) * (bias.is_float32 ? 4 : 2);
-  }
-  u32 bias_bits(const void* biases, i64 offset) const {
-    return params.bias.is_float32 ? static_cast<const u32*>(biases)[offset] : static_cast<const u16*>(biases)[offset];
-  }
-  float scaled_bias(u32 bits) const {
-    return scaled_bias(params.bias.is_float32 ? float_of(bits) : to_float(T{static_cast<u16>(bits)}));
-  }
-  float scaled_bias(float x) const {
-    const float scaled = x * params.logits.bias_factor;
-    return x == -kInfinity ? x : maximum(minimum(scaled, kLargestBias), -kLargestBias);
-  }
-
   /// Before the first tile.
   void fetch(int tile) {
     sync_block();
@@ -178,12 +148,11 @@ struct Scores {
   u32 next_bias;  // bits
   void fetch_bias(int tile) {
     if constexpr (kConfig.bias == BiasKind::per_key)
-      if (thread < kKeys)
-        next_bias = bias_bits(shared.origins.bias, shared.position[tile % 4][thread] * params.bias.key);
+      if (thread < kKeys) next_bias = biases.bits(shared.origins.bias, shared.position[tile % 4][thread]);
   }
   void put_bias(int tile) {
     if constexpr (kConfig.bias == BiasKind::per_key)
-      if (thread < kKeys) shared.bias[tile % 2][thread] = scaled_bias(next_bias);
+      if (thread < kKeys) shared.bias[tile % 2][thread] = biases.scaled(next_bias);
   }
   /// Starts copying what the test of a tile needs.
   void copy_test(int tile) {
@@ -217,62 +186,20 @@ struct Scores {
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[m][n][i] = 0;
     add_products(s, stage);
-    if constexpr (kConfig.softcap) cap(s);
+    if constexpr (kConfig.softcap) cap_scores(s, params.logits);
     if constexpr (kConfig.bias == BiasKind::per_key)
-      if (params.bias.data) add_bias(s, shared.bias[tile % 2]);  // always: loads, moved up, would need registers
+      if (params.bias.data)
+        add_key_biases(s, shared.bias[tile % 2], lane);  // always: loads, moved up, would need registers
     if constexpr (kConfig.bias == BiasKind::full) add_bias(s, tile);
   }
 
-  void add_bias(Accumulators& s, const float (&biases)[kKeys]) {
-    const float* const bias = biases + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[m][n][i] += bias[8 * n + i % 2];
-  }
   void add_bias(Accumulators& s, int tile) {
     const int thread = thread_index_anew(), lane = thread % kWarp,
               first_row = thread / kWarp * kRowTiles * 16 + lane / 4;
-    const int* const positions = shared.position[tile % 4] + lane % 4 * 2;
-    const bool by_pairs = has_bias_pairs(tile);
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const void* const of_row = shared.row_bias[first_row + 16 * m + 8 * half];
-        if (by_pairs) {
-          const int first = positions[0];
-#pragma unroll
-          for (int n = 0; n < kColumnTiles; ++n) {
-            const Pair pair = bias_pair(of_row, first + 8 * n);
-            s[m][n][2 * half] += scaled_bias(pair.x);
-            s[m][n][2 * half + 1] += scaled_bias(pair.y);
-          }
-        } else {
-#pragma unroll
-          for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              s[m][n][2 * half + i] += scaled_bias(bias_bits(of_row, positions[8 * n + i] * params.bias.key));
-        }
-      }
-  }
-  struct alignas(8) Pair {
-    float x, y;
-  };
-  Pair bias_pair(const void* biases, int key) const {
-    if (params.bias.is_float32) return *reinterpret_cast<const Pair*>(static_cast<const float*>(biases) + key);
-    const u32 both = *reinterpret_cast<const u32*>(static_cast<const u16*>(biases) + key);
-    return {to_float(T{static_cast<u16>(both)}), to_float(T{static_cast<u16>(both >> 16)})};
-  }
-  /// Whether the biases of a tile's neighbouring keys stand side by side, aligned.
-  bool has_bias_pairs(int tile) const {
-    const Bias& bias = params.bias;
-    return bias.key == 1 && !params.plan.positions && (tile + 1) * static_cast<i64>(kKeys) <= shared.origins.count &&
-           ((bias.batch | bias.head | bias.query) & 1) == 0 &&
-           reinterpret_cast<u64>(bias.data) % (bias.is_float32 ? 8 : 4) == 0;
+    const bool by_pairs =
+        !params.plan.positions && (tile + 1) * static_cast<i64>(kKeys) <= shared.origins.count && biases.are_pairs();
+    biases.add(s, shared.position[tile % 4] + lane % 4 * 2, by_pairs,
+               [&](int m, int half) { return shared.row_bias[first_row + 16 * m + 8 * half]; });
   }
 
   /// Where operands always stand at the same place, their addresses, computed anew, need no registers in between.
@@ -301,47 +228,24 @@ struct Scores {
     }
   }
 
-  void cap(Accumulators& s) {
-    const Logits& logits = params.logits;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)  // tanh(x) = 1 - 2 / (1 + e^2x)
-          s[m][n][i] =
-              multiply_add(-2 * logits.cap, fast_reciprocal(1 + fast_exp2(s[m][n][i] * logits.inner)), logits.cap);
-  }
-
   void mask(Accumulators& s, int tile) {
     const int thread = thread_index_anew(), lane = thread % kWarp, warp_row = thread / kWarp * kRowTiles * 16;
     const int* const positions = shared.row_position + warp_row + lane / 4;
+    int at[kRowTiles][2];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) at[m][half] = positions[16 * m + 8 * half];
     if constexpr (kConfig.test == Test::interval) {
-      int at[kRowTiles][2];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) at[m][half] = positions[16 * m + 8 * half];
-      mask_scores(s, lane, [&](int column) {
-        const int start = params.plan.is_causal ? shared.position[tile % 4][column] : kSmallest;
-        const int end = static_cast<int>(shared.test[tile % 2][column]);
-        return [=, &at](int m, int half) { return start <= at[m][half] && at[m][half] < end; };
-      });
+      mask_by_intervals(s, lane, at, params.plan.is_causal, shared.position[tile % 4], shared.test[tile % 2]);
     } else {
-      // The positions of a warp's rows are at most 32 neighbours: 32 of the key's bits, from any bit on.
-      const int words = params.plan.words, warp_position = shared.row_position[warp_row],
-                first = warp_position - shared.row_position[0];
-      const int low = least(first / 32, words - 1), high = least(low + 1, words - 1);
-      int bit[kRowTiles][2];
+      const int warp_position = shared.row_position[warp_row];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) bit[m][half] = positions[16 * m + 8 * half] - warp_position;
-      mask_scores(s, lane, [&](int column) {
-        const u32* const bits = shared.test[tile % 2] + column * kMostWords;
-        const u32 seen = static_cast<u32>((static_cast<u64>(bits[high]) << 32 | bits[low]) >> (first % 32));
-        return [=, &bit](int m, int half) { return (seen >> bit[m][half] & 1) != 0; };
-      });
+        for (int half = 0; half < 2; ++half) at[m][half] -= warp_position;
+      mask_by_bits<kMostWords>(s, lane, at, warp_position - shared.row_position[0], params.plan.words,
+                               shared.test[tile % 2]);
     }
   }
 };

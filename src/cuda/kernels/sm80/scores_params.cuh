@@ -1,7 +1,6 @@
-// What the passes of the generic family (mma.sync, cp.async) need to know to compute scores.
+// The tiles in which the passes of the generic family (mma.sync, cp.async) compute scores.
 #pragma once
-#include "plan.cuh"
-#include "problem.cuh"
+#include "attention/scores_params.cuh"
 #include "types.cuh"
 
 namespace flash_dmattn::cuda {
@@ -10,18 +9,6 @@ namespace flash_dmattn::cuda {
 /// one column, which is what load_matrices reads at a time, never meet in a bank. Columns are padded to a multiple
 /// of 16.
 constexpr int tile_pitch(int columns) { return (round_up(columns, 16) / 8 | 1) * 8; }
-
-/// A logit in base 2 is  factor * (query . key + bias_factor * bias),  or with softcap
-/// cap * tanh(query . key / …) + bias_factor * bias.
-struct Logits {
-  float factor;       ///< from what the softmax is given to logits in base 2; positive
-  float bias_factor;  ///< what a bias is multiplied by before it is added
-  float cap, inner;   ///< softcap * log2(e); 2 log2(e) scale / softcap
-  int sign;           ///< of the queries: -1, 0 or 1 (with softcap always 1)
-};
-
-/// The largest magnitude that a finite bias may add: the sum stays finite.
-constexpr float kLargestBias = 1e38f;
 
 /// The tiles of one block, and what its kernel is specialised on.
 struct ScoresConfig {
@@ -49,13 +36,5 @@ constexpr int staging_bytes(const ScoresConfig& config) {
   return (4 + 2 + 2 * test_words(config.test)) * config.keys * 4 +
          (config.bias == BiasKind::full ? 12 * config.rows : 4 * config.rows + 16) + 96;
 }
-
-struct ScoresParams {
-  Shape shape;
-  Rows query, key;
-  Bias bias;
-  Plan plan;
-  Logits logits;
-};
 
 }  // namespace flash_dmattn::cuda

@@ -15,15 +15,6 @@ struct alignas(16) Chunk {
 };
 constexpr int kChunk = 8;  // numbers
 
-template <Number kNumber>
-struct TypeOf {
-  using type = bfloat16;
-};
-template <>
-struct TypeOf<Number::float16> {
-  using type = float16;
-};
-
 template <int kRowCount, int kColumnCount>
 struct alignas(16) Tile {
   static constexpr int kRows = kRowCount, kColumns = kColumnCount, kPitch = tile_pitch(kColumnCount);

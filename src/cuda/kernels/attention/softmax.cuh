@@ -105,6 +105,21 @@ struct Softmax {
   /// What is left to subtract from the scores of a row, in base 2.
   float offset(int m, int half) const { return is_far ? 0.0f : finite_reference(m, half) * factor; }
 
+  /// Scores to their exponentials.
+  template <int kColumnTiles>
+  void exponentiate(float (&score)[kRowTiles][kColumnTiles][4]) {
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      const float offsets[2] = {offset(m, 0), offset(m, 1)};
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          score[m][n][i] = fast_exp2(multiply_add(score[m][n][i], factor, -offsets[i / 2]));
+          sum[m][i / 2] += score[m][n][i];
+        }
+    }
+  }
   /// Scores of two neighbouring 16 x 8 blocks to their exponentials, as the operand A of the product with the values.
   template <class T>
   void exponentials(u32 (&p)[4], const float (&left)[4], const float (&right)[4], int m) {
