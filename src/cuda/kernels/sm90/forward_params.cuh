@@ -1,0 +1,60 @@
+// The forward pass on Hopper: its options, tile sizes and parameters.
+#pragma once
+#include "attention/scores_params.cuh"
+
+namespace flash_dmattn::cuda {
+
+struct HopperForwardOptions {
+  int head_dim;  ///< a multiple of 8
+  Number number;
+  Test test;
+  BiasKind bias;
+  bool softcap;
+};
+
+/// A block has one tile of rows at a time: 64 for each warpgroup that computes. One more warpgroup copies.
+struct HopperForwardConfig {
+  int head_dim;
+  int dim;             ///< of the products: what head_dim is padded to
+  int rows, keys;      ///< of a tile
+  int stages;          ///< tiles of keys in shared memory
+  int registers;       ///< of a thread that computes
+  int copy_registers;  ///< of one that copies
+  int shared_bytes;
+
+  constexpr int consumers() const { return rows / 64; }
+  constexpr int threads() const { return (consumers() + 1) * 128; }
+  constexpr int panels() const { return divide_up(dim, 64); }
+};
+
+/// Words of bits that a run of at most 192 positions has for each key.
+constexpr int kMostHopperWords = 6;
+constexpr int hopper_test_words(Test test) { return test == Test::interval ? 1 : kMostHopperWords; }
+
+/// The accumulators of 64 x dim output, 64 x keys scores and their probabilities must fit a warpgroup's registers: more
+/// rows take fewer bytes of keys for each product, and leave fewer registers.
+constexpr HopperForwardConfig hopper_forward_config(int head_dim, Test test) {
+  const auto make = [&](int dim, int rows, int keys, int stages) {
+    HopperForwardConfig config{.head_dim = head_dim, .dim = dim, .rows = rows, .keys = keys, .stages = stages};
+    config.registers = rows == 192 ? 160 : 232;
+    config.copy_registers = rows == 192 ? 32 : 40;
+    const int tiles = (rows + 2 * stages * keys) * config.panels() * 128;
+    const int numbers = stages * keys * (2 + hopper_test_words(test)) * 4,
+              others = (2 + 4 * stages) * 8 + 2 * 24 + 12 * 4;
+    config.shared_bytes = round_up(tiles + numbers + others, 1024);
+    return config;
+  };
+  if (head_dim <= 64) return make(64, 192, 128, 2);
+  if (head_dim <= 96) return make(96, 192, 96, 2);
+  if (head_dim <= 128) return make(128, 192, 80, 2);
+  if (head_dim <= 192) return make(192, 128, 96, 2);
+  return make(256, 128, 64, 2);
+}
+
+struct HopperForwardParams {
+  ScoresParams scores;
+  Rows value, out;
+  RowNumbers lse;
+};
+
+}  // namespace flash_dmattn::cuda

@@ -1,0 +1,56 @@
+// Tiles of 16-bit numbers in shared memory, in the panels that wgmma reads.
+#pragma once
+#include "ptx/memory.cuh"
+#include "ptx/warpgroup.cuh"
+#include "types.cuh"
+
+namespace flash_dmattn::cuda {
+
+constexpr int kPanelColumns = 64, kPanelRowBytes = 128;
+
+template <int kRowCount, int kPanelCount>
+struct alignas(1024) Panels {
+  static constexpr int kRows = kRowCount, kPanels = kPanelCount, kPanelBytes = kRows * kPanelRowBytes;
+  char bytes[kPanels * kPanelBytes];
+
+  /// 16 bytes: 8 columns of a row, from 8 * chunk on.
+  char* chunk(int row, int chunk) {
+    return bytes + chunk / 8 * kPanelBytes + row * kPanelRowBytes + ((chunk % 8 ^ row % 8) << 4);
+  }
+
+  /// As an operand whose rows are those of A, or the columns of B, from `first` on.
+  Operand rows(int first = 0) const { return operand(bytes + first * kPanelRowBytes, 16, 8 * kPanelRowBytes); }
+  /// From there to 16 * step further along the columns.
+  static constexpr int along_columns(int step) { return step / 4 * kPanelBytes + step % 4 * 32; }
+
+  /// As an operand B whose rows are the tile's rows, with all columns.
+  Operand transposed() const { return operand(bytes, kPanelBytes, 8 * kPanelRowBytes); }
+  static constexpr int along_rows(int step) { return step * 16 * kPanelRowBytes; }
+};
+
+/// A warpgroup starts copying `kChunks` times 16 bytes of each row. `row_at(row)` says where a row is, or null: zeros.
+template <int kChunks, class AnyPanels, class RowAt>
+void gather_rows(AnyPanels& to, int thread, const RowAt& row_at) {
+  constexpr int kLanes = 8, kRowsAtOnce = kWarpgroup / kLanes;
+  const int first = thread / kLanes, lane = thread % kLanes;
+#pragma unroll
+  for (int row = 0; row < AnyPanels::kRows; row += kRowsAtOnce) {
+    const u16* const from = row_at(first + row);
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; chunk += kLanes)
+      if (kChunks % kLanes == 0 || lane + chunk < kChunks)
+        copy_async_16(to.chunk(first, lane + chunk) + row * kPanelRowBytes, from + (lane + chunk) * 8, from != nullptr);
+  }
+}
+
+/// Zeros in the chunks from `kChunks` on that products read: nothing is ever copied there.
+template <int kChunks, int kDim, class AnyPanels>
+void zero_padding(AnyPanels& tile, int thread, int threads) {
+  struct alignas(16) Zeros {
+    u32 words[4] = {};
+  };
+  for (int row = thread; row < AnyPanels::kRows; row += threads)
+    for (int chunk = kChunks; chunk < kDim / 8; ++chunk) *reinterpret_cast<Zeros*>(tile.chunk(row, chunk)) = Zeros{};
+}
+
+}  // namespace flash_dmattn::cuda
