@@ -1,0 +1,28 @@
+// Where the rows of a tile are.
+#pragma once
+#include "attention/scores_params.cuh"
+
+namespace flash_dmattn::cuda {
+
+/// Which rows a tile has. The first tiles have the longest lists: of a causal call those of the last queries.
+struct Place {
+  const ScoresParams& params;
+  int b, unit, run, first_query;
+
+  Place(const ScoresParams& given, int index) : params(given) {
+    const int units = params.shape.units();
+    unit = index % units;
+    b = index / units % params.shape.batch;
+    run = params.plan.runs - 1 - index / units / params.shape.batch;
+    first_query = run * params.plan.run;
+  }
+  Place(const ScoresParams& given, int batch, int its_unit, int its_run)
+      : params(given), b(batch), unit(its_unit), run(its_run), first_query(its_run * given.plan.run) {}
+  int query_of(int row) const { return first_query + row / params.shape.pack; }
+  int head_of(int row) const { return unit * params.shape.pack + row % params.shape.pack; }
+  bool has(int row) const {
+    return row / params.shape.pack < params.plan.run && query_of(row) < params.shape.query_len;
+  }
+};
+
+}  // namespace flash_dmattn::cuda
