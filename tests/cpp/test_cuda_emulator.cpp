@@ -1,11 +1,14 @@
 // The emulator itself, with tiny kernels: what it computes, and what it reports.
 #include "check.h"
 #include "emulator.h"
+#include "ptx/barrier.cuh"
 #include "ptx/block.cuh"
+#include "ptx/bulk.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/number.cuh"
 #include "ptx/warp.cuh"
+#include "ptx/warpgroup.cuh"
 #include "tensor.h"
 
 namespace flash_dmattn::cuda {
@@ -19,9 +22,10 @@ struct Memory {
 };
 
 /// What launching a kernel throws.
-std::string thrown(EmulatedStream& stream, const char* name, unsigned blocks, int threads, Memory memory = {}) {
+std::string thrown(EmulatedStream& stream, const char* name, unsigned blocks, int threads, Memory memory = {},
+                   int shared_bytes = 4096) {
   try {
-    stream.launch({"", name}, {blocks}, threads, 4096, memory);
+    stream.launch({"", name}, {blocks}, threads, shared_bytes, memory);
   } catch (const Error& error) {
     return error.what();
   }
@@ -281,6 +285,354 @@ TEST(sums_in_global_memory) {
   stream.zero(sums, 16);
   stream.launch({"", "Sums"}, {5}, 64, 0, Memory{reinterpret_cast<int*>(sums), nullptr});
   for (int i = 0; i < 4; ++i) CHECK_EQUAL(sums[i], i % 2 ? 4 * 320.0f : 3 * 320.0f);
+}
+
+/// A stage that one warp fills, in all ways, and two others read: 64 numbers copied one by one, 64 by the copy engine,
+/// and one plain one. Stages are filled again as soon as they are free.
+struct Pipeline : Warps<3> {
+  static constexpr int kStages = 2, kRounds = 7;
+  struct Shared {
+    int copied[kStages][64], loaded[kStages][64], plain[kStages];
+    Barrier full[kStages], empty[kStages];
+  };
+  static void run(const Params& params, char* shared) {
+    Shared& memory = *reinterpret_cast<Shared*>(shared);
+    const int t = thread_index();
+    if (t == 95) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        init(memory.full[stage], 32 + 1);
+        init(memory.empty[stage], 64);
+      }
+      fence_barriers();
+    }
+    sync_block();
+    for (int round = 0; round < kRounds; ++round) {
+      const int stage = round % kStages, parity = round / kStages % 2;
+      if (t >= 64) {
+        wait(memory.empty[stage], parity ^ 1);
+        if (t % 2 == 0)
+          copy_async_16(&memory.copied[stage][2 * (t - 64)], params.in + 128 * round + 2 * (t - 64), true);
+        arrive_after_copies(memory.full[stage]);
+        if (t == 70) {
+          memory.plain[stage] = 1000 * round;
+          arrive_expecting(memory.full[stage], 256);
+          for (int half = 0; half < 64; half += 32)
+            bulk_load(&memory.loaded[stage][half], params.in + 128 * round + 64 + half, 128, memory.full[stage]);
+        }
+      } else {
+        wait(memory.full[stage], parity);
+        params.out[64 * round + t] = memory.copied[stage][t] + 2 * memory.loaded[stage][63 - t] + memory.plain[stage];
+        arrive(memory.empty[stage]);
+      }
+    }
+  }
+};
+EMULATE(Pipeline);
+
+TEST(barriers_count_threads_and_what_lands) {
+  constexpr int kRounds = Pipeline::kRounds;
+  EmulatedStream stream;
+  int *in = stream.allocate_array<int>(128 * kRounds), *out = stream.allocate_array<int>(64 * kRounds);
+  for (int i = 0; i < 128 * kRounds; ++i) in[i] = i;
+  for (unsigned seed = 0; seed < 30; ++seed) {
+    stream.seed(seed);
+    CHECK_EQUAL(thrown(stream, "Pipeline", 1, 96, {out, in}), "nothing");
+    for (int round = 0; round < kRounds; ++round)
+      for (int t = 0; t < 64; ++t)
+        CHECK_EQUAL(out[64 * round + t], 128 * round + t + 2 * (128 * round + 64 + 63 - t) + 1000 * round);
+  }
+}
+
+/// Two warps write by turns.
+struct WarpsTakeTurns : Warps<2> {
+  static void run(const Params& params, char*) {
+    const int warp = thread_index() / 32;
+    if (warp == 1) arrive_threads(1, 64);
+    for (int i = 0; i < 5; ++i) {
+      sync_threads(1 + warp, 64);
+      if (thread_index() % 32 == 0) *params.out = *params.out * 3 + warp;
+      arrive_threads(2 - warp, 64);
+    }
+  }
+};
+EMULATE(WarpsTakeTurns);
+
+TEST(threads_arrive_without_waiting) {
+  EmulatedStream stream;
+  int* out = stream.allocate_array<int>(1);
+  for (unsigned seed = 0; seed < 10; ++seed) {
+    stream.seed(seed);
+    *out = 0;
+    CHECK_EQUAL(thrown(stream, "WarpsTakeTurns", 1, 64, {out, nullptr}), "nothing");
+    CHECK_EQUAL(*out, (59049 - 1) / 8);  // 0101010101 to base 3
+  }
+}
+
+/// Sums of 16 floats, and 16 numbers; what is written over them before or after they are read.
+template <bool kWaits>
+struct BulkCopies : Warps<1> {
+  static void run(const Params& params, char* shared) {
+    float* numbers = reinterpret_cast<float*>(shared);
+    float* out = reinterpret_cast<float*>(params.out);
+    const int t = thread_index();
+    numbers[t] = static_cast<float>(t);
+    fence_for_bulk();
+    sync_block();
+    if (t == 0) {
+      bulk_add(out, numbers, 64);
+      commit_bulk();
+      bulk_store(out + 16, numbers + 16, 64);
+      commit_bulk();
+      if (kWaits) wait_bulk_read<0>();
+      for (int i = 0; i < 32; ++i) numbers[i] = -1;
+      wait_bulk<1>();
+      wait_bulk_read<0>();
+    }
+  }
+};
+EMULATE(BulkCopies<false>);
+EMULATE(BulkCopies<true>);
+
+TEST(bulk_copies_read_shared_memory_late) {
+  for (bool waits : {false, true}) {
+    EmulatedStream stream;
+    float* out = stream.allocate_array<float>(32);
+    stream.zero(out, 128);
+    const std::string name = std::string("BulkCopies<") + (waits ? "true>" : "false>");
+    for (int i = 0; i < 2; ++i) stream.launch({"", name}, {1}, 32, 128, Memory{reinterpret_cast<int*>(out), nullptr});
+    for (int i = 0; i < 16; ++i) {
+      CHECK_EQUAL(out[i], waits ? 2.0f * static_cast<float>(i) : -2.0f);
+      CHECK_EQUAL(out[16 + i], waits ? static_cast<float>(16 + i) : -1.0f);
+    }
+  }
+}
+
+// Matrices of small integers, whose products are exact: A is 64 x 64, B has 64 rows.
+constexpr int kInner = 64;
+constexpr int a_at(int row, int k) { return (row * 7 + k * 5 + row * k) % 9 - 4; }
+constexpr int b_at(int k, int column) { return (k * 3 + column * 11 + k * column) % 7 - 3; }
+int product_at(int row, int column) {
+  int sum = 0;
+  for (int k = 0; k < kInner; ++k) sum += a_at(row, k) * b_at(k, column);
+  return sum;
+}
+constexpr int kLargestProduct = (64 + 256) * kInner * 2;  // bytes of shared memory
+
+/// C = 1 + 2 A B with each layout of the operands in turn, and each with A in shared memory and in registers.
+template <class T, int kColumns>
+struct Products : Warps<4> {
+  static constexpr int kBytesA = 64 * kInner * 2;
+
+  /// Number `i` (of the contiguous dimension) of row `row`, in panels of `rows` rows.
+  static T& number(char* panels, int rows, int row, int i) {
+    char* const panel = panels + i / 64 * rows * 128;
+    return *reinterpret_cast<T*>(panel + row * 128 + ((i % 64 / 8) ^ (row % 8)) * 16 + i % 8 * 2);
+  }
+  static u32 pair(int row, int k) {
+    return pack<T>(static_cast<float>(a_at(row, k)), static_cast<float>(a_at(row, k + 1)));
+  }
+
+  template <Major kA, Major kB, bool kRegisters>
+  static void run(float* out, char* shared) {
+    char *const left = shared, *const right = shared + kBytesA;
+    const int t = thread_index(), g = t / 32 * 16 + t % 32 / 4, i = t % 4 * 2;
+    sync_block();
+    for (int k = 0; k < kInner; ++k) {
+      for (int row = t; row < 64; row += 128)
+        (kA == Major::k ? number(left, 64, row, k) : number(left, kInner, k, row)) =
+            from_float<T>(static_cast<float>(a_at(row, k)));
+      for (int column = t; column < kColumns; column += 128)
+        (kB == Major::k ? number(right, kColumns, column, k) : number(right, kInner, k, column)) =
+            from_float<T>(static_cast<float>(b_at(k, column)));
+    }
+    fence_for_bulk();
+    sync_block();
+    const Operand a = operand(left, 16, 1024), b = operand(right, kInner * 128, 1024);
+    float c[kColumns / 2];
+    for (float& x : c) x = 1;
+    fence_products();
+    for (int twice = 0; twice < 2; ++twice) {
+      for (int step = 0; step < kInner / 16; ++step) {
+        const Operand b_step = b + step * (kB == Major::k ? 32 : 2048);
+        if constexpr (kRegisters) {
+          const int k = 16 * step + i;
+          const u32 registers[4] = {pair(g, k), pair(g + 8, k), pair(g, k + 8), pair(g + 8, k + 8)};
+          multiply<T, kColumns, kB>(c, registers, b_step, true);
+        } else {
+          multiply<T, kColumns, kA, kB>(c, a + step * (kA == Major::k ? 32 : 2048), b_step, true);
+        }
+      }
+      commit_products();
+    }
+    wait_products<1>();
+    wait_products<0>();
+    for (int j = 0; j < kColumns / 2; ++j) out[(g + j / 2 % 2 * 8) * kColumns + j / 4 * 8 + i + j % 2] = c[j];
+  }
+  static void run(const Params& params, char* shared) {
+    float* out = reinterpret_cast<float*>(params.out);
+    constexpr int kSize = 64 * kColumns;
+    run<Major::k, Major::k, false>(out, shared);
+    run<Major::k, Major::mn, false>(out + kSize, shared);
+    run<Major::mn, Major::k, false>(out + 2 * kSize, shared);
+    run<Major::mn, Major::mn, false>(out + 3 * kSize, shared);
+    run<Major::k, Major::k, true>(out + 4 * kSize, shared);
+    run<Major::k, Major::mn, true>(out + 5 * kSize, shared);
+  }
+};
+#define EMULATE_PRODUCTS(columns)       \
+  EMULATE(Products<bfloat16, columns>); \
+  EMULATE(Products<float16, columns>)
+EMULATE_PRODUCTS(32);
+EMULATE_PRODUCTS(64);
+EMULATE_PRODUCTS(80);
+EMULATE_PRODUCTS(96);
+EMULATE_PRODUCTS(128);
+EMULATE_PRODUCTS(192);
+EMULATE_PRODUCTS(256);
+
+TEST(warpgroups_multiply) {
+  for (const char* type : {"bfloat16", "float16"})
+    for (int columns : {32, 64, 80, 96, 128, 192, 256}) {
+      const std::string name = std::string("Products<") + type + ", " + std::to_string(columns) + ">";
+      test::Context context(name);
+      EmulatedStream stream;
+      float* out = stream.allocate_array<float>(static_cast<std::size_t>(6 * 64 * columns));
+      stream.launch({"", name}, {1}, 128, kLargestProduct, Memory{reinterpret_cast<int*>(out), nullptr});
+      for (int layout = 0; layout < 6; ++layout)
+        for (int row = 0; row < 64; ++row)
+          for (int column = 0; column < columns; ++column)
+            CHECK_EQUAL(out[(layout * 64 + row) * columns + column],
+                        static_cast<float>(1 + 2 * product_at(row, column)));
+    }
+}
+
+/// What programs do wrong with a product of ones (16 everywhere).
+enum class Wrong { nothing, reads_early, overwrites, writes_late, touches, no_fence, no_wait, differs, strays, tilted };
+template <Wrong kWrong>
+struct OneProduct : Warps<4> {
+  static void run(const Params& params, char* shared) {
+    float16* numbers = reinterpret_cast<float16*>(shared);
+    const int t = thread_index();
+    const auto write = [&](float x) {
+      for (int i = t; i < 64 * 64; i += 128) numbers[i] = from_float<float16>(x);
+    };
+    write(kWrong == Wrong::writes_late ? 0 : 1);
+    sync_block();
+    const Operand a = operand(shared + (kWrong == Wrong::tilted ? 128 : 0), 16, 1024);
+    const Operand b = operand(shared + (kWrong == Wrong::strays ? 4096 : 0), 16, 1024);
+    float c[32];
+    if (kWrong != Wrong::no_fence) fence_products();
+    multiply<float16, 64, Major::k, Major::k>(c, a, kWrong == Wrong::differs ? b + t / 32 * 32 : b, false);
+    commit_products();
+    if (kWrong == Wrong::overwrites || kWrong == Wrong::writes_late) write(1 + (kWrong == Wrong::overwrites));
+    if (kWrong == Wrong::touches) c[3] = 1;
+    if (kWrong == Wrong::no_wait) return;
+    if (kWrong == Wrong::reads_early) {
+      for (int i = 0; i < 32; ++i) reinterpret_cast<float*>(params.out)[32 * t + i] = c[i];
+      wait_products<0>();
+    } else {
+      sync_block();
+      wait_products<0>();
+      for (int i = 0; i < 32; ++i) reinterpret_cast<float*>(params.out)[32 * t + i] = c[i];
+    }
+  }
+};
+EMULATE(OneProduct<Wrong::nothing>);
+EMULATE(OneProduct<Wrong::reads_early>);
+EMULATE(OneProduct<Wrong::overwrites>);
+EMULATE(OneProduct<Wrong::writes_late>);
+EMULATE(OneProduct<Wrong::touches>);
+EMULATE(OneProduct<Wrong::no_fence>);
+EMULATE(OneProduct<Wrong::no_wait>);
+EMULATE(OneProduct<Wrong::differs>);
+EMULATE(OneProduct<Wrong::strays>);
+EMULATE(OneProduct<Wrong::tilted>);
+
+TEST(wrong_products_are_seen) {
+  EmulatedStream stream;
+  float* out = stream.allocate_array<float>(64 * 64);
+  const auto run = [&](const char* wrong) {
+    const std::string name = std::string("OneProduct<Wrong::") + wrong + ">";
+    return thrown(stream, name.c_str(), 1, 128, {reinterpret_cast<int*>(out), nullptr}, 64 * 64 * 2);
+  };
+  const auto all = [&](auto holds) { return std::all_of(out, out + 64 * 64, holds); };
+  const auto is_nan = [](float x) { return std::isnan(x); };
+  CHECK_EQUAL(run("nothing"), "nothing");
+  CHECK(all([](float x) { return x == 16; }));
+  for (const char* wrong : {"reads_early", "overwrites", "writes_late"}) {
+    test::Context context(wrong);
+    CHECK_EQUAL(run(wrong), "nothing");
+    CHECK(all(is_nan));
+  }
+  CHECK_HAS(run("touches"), "were written while products ran");
+  CHECK_HAS(run("no_fence"), "no fence_products");
+  CHECK_HAS(run("no_wait"), "ended without waiting for its products");
+  CHECK_HAS(run("differs"), "not the same in all threads");
+  CHECK_HAS(run("strays"), "multiply: outside the block's shared memory");
+  CHECK_HAS(run("tilted"), "starts at byte 128 of a panel");
+}
+
+/// What programs do wrong at a barrier of one arrival.
+enum class Misuse { forgets_init, never_arrives, arrives_twice, reads_early, forgets_bulk, odd_bytes };
+template <Misuse kMisuse>
+struct OneBarrier : Warps<1> {
+  static void run(const Params& params, char* shared) {
+    Barrier& barrier = *reinterpret_cast<Barrier*>(shared + 64);
+    int* numbers = reinterpret_cast<int*>(shared);
+    if (thread_index() > 0) return;
+    if (kMisuse != Misuse::forgets_init) init(barrier, 1);
+    if (kMisuse == Misuse::arrives_twice) {
+      arrive_expecting(barrier, 16);
+      arrive(barrier);
+    }
+    if (kMisuse == Misuse::reads_early) {
+      copy_async_16(numbers, params.in, true);
+      arrive_after_copies(barrier);
+      params.out[0] = numbers[0];
+      wait(barrier, 0);
+      params.out[1] = numbers[0];
+      bulk_load(numbers, params.in + 4, 16, barrier);
+      arrive_expecting(barrier, 16);
+      params.out[2] = numbers[0];
+      wait(barrier, 1);
+      params.out[3] = numbers[0];
+      return;
+    }
+    if (kMisuse == Misuse::forgets_bulk) {
+      bulk_store(params.out, numbers, 16);
+      commit_bulk();
+      return;
+    }
+    if (kMisuse == Misuse::odd_bytes) bulk_load(numbers, params.in, 8, barrier);
+    wait(barrier, 1);
+    wait(barrier, 0);
+  }
+};
+EMULATE(OneBarrier<Misuse::forgets_init>);
+EMULATE(OneBarrier<Misuse::never_arrives>);
+EMULATE(OneBarrier<Misuse::arrives_twice>);
+EMULATE(OneBarrier<Misuse::reads_early>);
+EMULATE(OneBarrier<Misuse::forgets_bulk>);
+EMULATE(OneBarrier<Misuse::odd_bytes>);
+
+TEST(misused_barriers_are_seen) {
+  EmulatedStream stream;
+  int *in = stream.allocate_array<int>(16), *out = stream.allocate_array<int>(16);
+  for (int i = 0; i < 16; ++i) in[i] = i + 1;
+  const auto run = [&](const char* misuse) {
+    const std::string name = std::string("OneBarrier<Misuse::") + misuse + ">";
+    return thrown(stream, name.c_str(), 1, 32, {out, in});
+  };
+  CHECK_HAS(run("forgets_init"), "wait: at a Barrier without init");
+  CHECK_HAS(run("never_arrives"),
+            "1 threads (thread 0 first) for parity 0 of the Barrier at byte 64 of shared memory (which lacks 1 of 1 "
+            "arrivals and 0 bytes)");
+  CHECK_HAS(run("arrives_twice"), "arrive: more than 1 arrivals in a phase");
+  CHECK_HAS(run("forgets_bulk"), "ended while a bulk copy read shared memory");
+  CHECK_HAS(run("odd_bytes"), "bulk_load: of 8 bytes");
+  CHECK_EQUAL(run("reads_early"), "nothing");
+  const int expected[4] = {emulator::kPoison, 1, emulator::kPoison, 5};
+  for (int i = 0; i < 4; ++i) CHECK_EQUAL(out[i], expected[i]);
 }
 
 struct HalfBarrier : Warps<2> {

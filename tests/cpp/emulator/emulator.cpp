@@ -11,6 +11,9 @@
 #include <sstream>
 #include <utility>
 
+#include "barriers.h"
+#include "bulk_copies.h"
+#include "products.h"
 #include "threads.h"
 
 #if !defined(__x86_64__)
@@ -116,14 +119,15 @@ class Stack {
   char* start_;
 };
 
-struct Barrier {
+struct NumberedBarrier {
   std::vector<struct Fiber*> waiting;
-  int threads = 0;
+  int threads = 0, arrived = 0;
 };
 
-struct Warp {
+/// Of a warp or a warpgroup.
+struct Meeting {
   std::vector<struct Fiber*> waiting;
-  void* given[32];
+  void* given[128];
   const char* operation;
   void (*work)(void* const* given);
 };
@@ -131,8 +135,8 @@ struct Warp {
 struct RunningBlock : Block {
   std::vector<char> memory;
   std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  Barrier barriers[16];
+  std::vector<Meeting> warps, warpgroup_meetings;
+  NumberedBarrier numbered_barriers[16];
   int alive;
 };
 
@@ -176,6 +180,7 @@ class Launch {
   static void start();
   void begin(RunningBlock& block, i64 index);
   void end(RunningBlock& block);
+  void land_something();
   std::string who_waits() const;
 
   const EmulatedKernel& kernel_;
@@ -207,6 +212,8 @@ void Launch::start() {
   __sanitizer_finish_switch_fiber(nullptr, &launch->scheduler_stack_, &launch->scheduler_stack_bytes_);
 #endif
   launch->kernel_.run(launch->params_, self->block->shared);
+  end_bulk_copies();
+  require_no_products();
   launch->leave(State::finished);
 }
 
@@ -241,12 +248,15 @@ void Launch::begin(RunningBlock& block, i64 index) {
   block.threads = block.alive = kernel_.threads;
   block.fibers.resize(kernel_.threads);
   block.warps.resize(kernel_.threads / 32);
+  block.warpgroup_meetings.resize(divide_up(kernel_.threads, 128));
+  for (NumberedBarrier& barrier : block.numbered_barriers) barrier.arrived = 0;
+  block.barriers.clear();
+  block.warpgroups.assign(divide_up(kernel_.threads, 128), {});
   for (int i = 0; i < kernel_.threads; ++i) {
     Fiber& fiber = block.fibers[i];
+    static_cast<Thread&>(fiber) = Thread();
     fiber.index = i;
     fiber.block = &block;
-    fiber.groups = 0;
-    fiber.copies.clear();
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(fiber.stack.start(), kStackBytes);
 #endif
@@ -268,10 +278,25 @@ void Launch::end(RunningBlock& block) {
   if (!is_guard(block.shared + block.shared_bytes)) throw Error("a block wrote past the end of its shared memory");
 }
 
+// When nobody can do anything: what is in the background lands at one of the barriers that somebody waits at.
+void Launch::land_something() {
+  std::vector<BarrierQueue*> queues;
+  for (RunningBlock& block : blocks_)
+    for (auto& [place, queue] : block.barriers)
+      if (!queue.waiting.empty() && !queue.expected.empty()) queues.push_back(&queue);
+  if (queues.empty()) return;
+  auto& waiting = queues[random_() % queues.size()]->waiting;
+  Thread& thread = *waiting.back().thread;
+  waiting.pop_back();
+  thread.lands = true;
+  wake(thread);
+}
+
 void Launch::run() {
   for (RunningBlock& block : blocks_) begin(block, next_++);
   constexpr int kPatience = 100000;
   for (int polls = 0; true;) {
+    if (ready_.empty()) land_something();
     if (ready_.empty()) {
       // Blocks that wait for others look again only when nobody else can do anything.
       if (polling_.empty() || ++polls > kPatience) break;
@@ -316,12 +341,21 @@ std::string Launch::who_waits() const {
     if (block.alive == 0) continue;
     text << name(block) << ": ";
     for (int i = 0; i < 16; ++i)
-      if (!block.barriers[i].waiting.empty())
-        text << block.barriers[i].waiting.size() << " of " << block.barriers[i].threads << " threads at barrier " << i
-             << " (thread " << block.barriers[i].waiting[0]->index << " first), ";
-    for (std::size_t i = 0; i < block.warps.size(); ++i)
-      if (!block.warps[i].waiting.empty())
-        text << block.warps[i].waiting.size() << " threads of warp " << i << " at " << block.warps[i].operation << ", ";
+      if (const NumberedBarrier& barrier = block.numbered_barriers[i]; !barrier.waiting.empty())
+        text << barrier.arrived << " of " << barrier.threads << " threads at barrier " << i << " (thread "
+             << barrier.waiting[0]->index << " first), ";
+    for (const auto& [place, queue] : block.barriers)
+      if (!queue.waiting.empty())
+        text << queue.waiting.size() << " threads (thread " << queue.waiting[0].thread->index << " first) for parity "
+             << queue.waiting[0].parity << " of the Barrier at byte " << static_cast<const char*>(place) - block.shared
+             << " of shared memory (" << describe_barrier(place) << "), ";
+    const auto add_meetings = [&](const char* of, const std::vector<Meeting>& meetings) {
+      for (std::size_t i = 0; i < meetings.size(); ++i)
+        if (!meetings[i].waiting.empty())
+          text << meetings[i].waiting.size() << " threads of " << of << i << " at " << meetings[i].operation << ", ";
+    };
+    add_meetings("warp ", block.warps);
+    add_meetings("warpgroup ", block.warpgroup_meetings);
     for (const Fiber* fiber : polling_)
       if (fiber->block == &block) text << "thread " << fiber->index << " waits for another block, ";
     text << block.threads - block.alive << " threads have ended; ";
@@ -339,41 +373,55 @@ void fail(const char* format, ...) {
   launch->fail(format, arguments);
 }
 
-void meet_warp(const char* operation, void* given, void (*work)(void* const* given)) {
-  Fiber& fiber = launch->fiber();
-  Warp& warp = static_cast<RunningBlock*>(fiber.block)->warps[fiber.index / 32];
-  if (warp.waiting.empty()) {
-    warp.operation = operation;
-    warp.work = work;
-  } else if (warp.work != work) {
-    fail("is at %s, while thread %d is at %s", operation, warp.waiting[0]->index, warp.operation);
+// The last of `count` threads, of which this one is number `place`, does the work.
+static void meet(Meeting& meeting, int place, std::size_t count, const char* operation, void* given,
+                 void (*work)(void* const* given)) {
+  if (meeting.waiting.empty()) {
+    meeting.operation = operation;
+    meeting.work = work;
+  } else if (meeting.work != work) {
+    fail("is at %s, while thread %d is at %s", operation, meeting.waiting[0]->index, meeting.operation);
   }
-  warp.given[fiber.lane()] = given;
-  if (warp.waiting.size() < 31) {
-    warp.waiting.push_back(&fiber);
+  meeting.given[place] = given;
+  if (meeting.waiting.size() + 1 < count) {
+    meeting.waiting.push_back(&launch->fiber());
     launch->leave(State::waiting);
   } else {
-    work(warp.given);
-    for (Fiber* other : warp.waiting) launch->make_ready(other);
-    warp.waiting.clear();
+    work(meeting.given);
+    for (Fiber* other : meeting.waiting) launch->make_ready(other);
+    meeting.waiting.clear();
   }
 }
 
-void meet_block(int id, int threads) {
-  Fiber& fiber = launch->fiber();
-  Barrier& barrier = static_cast<RunningBlock*>(fiber.block)->barriers[id];
-  if (barrier.waiting.empty())
+void meet_warp(const char* operation, void* given, void (*work)(void* const* given)) {
+  auto& block = *static_cast<RunningBlock*>(self->block);
+  meet(block.warps[self->index / 32], self->lane(), 32, operation, given, work);
+}
+
+void meet_warpgroup(const char* operation, void* given, void (*work)(void* const* given)) {
+  auto& block = *static_cast<RunningBlock*>(self->block);
+  meet(block.warpgroup_meetings[self->index / 128], self->index % 128, 128, operation, given, work);
+}
+
+void meet_block(int id, int threads, bool waits) {
+  NumberedBarrier& barrier = static_cast<RunningBlock*>(self->block)->numbered_barriers[id];
+  if (barrier.arrived == 0)
     barrier.threads = threads;
   else if (barrier.threads != threads)
     fail("barrier %d of %d threads; others said %d", id, threads, barrier.threads);
-  if (static_cast<int>(barrier.waiting.size()) < threads - 1) {
-    barrier.waiting.push_back(&fiber);
+  if (++barrier.arrived < threads) {
+    if (!waits) return;
+    barrier.waiting.push_back(&launch->fiber());
     launch->leave(State::waiting);
   } else {
     for (Fiber* other : barrier.waiting) launch->make_ready(other);
     barrier.waiting.clear();
+    barrier.arrived = 0;
   }
 }
+
+void sleep() { launch->leave(State::waiting); }
+void wake(Thread& thread) { launch->make_ready(static_cast<Fiber*>(&thread)); }
 
 void wait_for_others() { launch->leave(State::polling); }
 

@@ -4,7 +4,11 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <map>
+#include <vector>
 
+#include "barriers.h"
+#include "products.h"
 #include "types.cuh"
 
 namespace flash_dmattn::cuda::emulator {
@@ -22,13 +26,15 @@ struct Block {
   int threads;
   char* shared;
   int shared_bytes;
+  std::map<const void*, BarrierQueue> barriers;  ///< those of shared memory
+  std::vector<Warpgroup> warpgroups;
 
   bool is_shared(const void* p, int bytes) const {
     return p >= shared && static_cast<const char*>(p) + bytes <= shared + shared_bytes;
   }
 };
 
-/// 16 bytes on their way to shared memory.
+/// 16 bytes on their way to shared memory; or, of 0 bytes, an arrival at the barrier there, behind the copies so far.
 struct Copy {
   void* shared;
   const void* global;
@@ -37,11 +43,27 @@ struct Copy {
   int group;
 };
 
+/// Bytes on their way from shared memory to global memory.
+struct BulkCopy {
+  void* global;
+  const void* shared;
+  int bytes;
+  bool adds;
+  int group;
+  std::vector<char> read;  ///< the bytes, once shared memory has been read
+};
+
 struct Thread {
   int index;  ///< in its block
   Block* block;
   std::deque<Copy> copies;
   int groups = 0;  ///< committed
+  std::deque<BulkCopy> bulk_copies;
+  int bulk_groups = 0;
+  i64 products = 0;  ///< issued
+  int product_groups = 0;
+  bool products_are_fenced = false;
+  bool lands = false;  ///< woken to see to it that what it waits for lands
 
   int lane() const { return index % 32; }
 };
@@ -56,8 +78,15 @@ extern Thread* self;
 /// gave.
 void meet_warp(const char* operation, void* given, void (*work)(void* const* given));
 
-/// Waits until `threads` threads of the block have come to barrier `id`.
-void meet_block(int id, int threads);
+/// The same with the 128 threads of a warpgroup.
+void meet_warpgroup(const char* operation, void* given, void (*work)(void* const* given));
+
+/// Comes to barrier `id`, and, if it `waits`, until `threads` threads of the block have.
+void meet_block(int id, int threads, bool waits = true);
+
+/// Until another thread wakes it.
+void sleep();
+void wake(Thread& thread);
 
 /// Lets others run: called by a thread that waits for another block.
 void wait_for_others();

@@ -34,14 +34,8 @@ inline void commit_copies() { ++emulator::self->groups; }
 template <int kPending>
 void wait_copies() {
   emulator::Thread& thread = *emulator::self;
-  while (!thread.copies.empty() && thread.copies.front().group < thread.groups - kPending) {
-    const emulator::Copy& copy = thread.copies.front();
-    if (copy.valid)
-      std::memcpy(copy.shared, copy.global, copy.bytes);
-    else
-      std::memset(copy.shared, 0, copy.bytes);
-    thread.copies.pop_front();
-  }
+  while (!thread.copies.empty() && thread.copies.front().group < thread.groups - kPending)
+    emulator::land_first_copy(thread);
 }
 
 namespace emulator {

@@ -1,0 +1,169 @@
+#include "products.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "ptx/number.cuh"
+#include "threads.h"
+
+namespace flash_dmattn::cuda::emulator {
+
+namespace {
+
+constexpr int kRows = 64, kDepth = 16, kThreads = 128;
+
+// Where thread t has its accumulators: c[i] is at this row and column.
+int row_of(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
+int column_of(int t, int i) { return i / 4 * 8 + t % 4 * 2 + i % 2; }
+
+// An operand of kDepth x `count` numbers; number (k, i) goes to to[k * k_step + i * i_step].
+void read_operand(u64 descriptor, int count, bool is_mn_major, u16* to, int k_step, int i_step) {
+  const auto field = [&](int shift) { return static_cast<int>(descriptor >> shift & 0x3fff) << 4; };
+  const int start = field(0), leading = field(16), stride = field(32);
+  const Block& block = *self->block;
+  if (descriptor >> 62 != 1) fail("multiply: no operand()");
+  // The swizzle is that of addresses, so that a panel starts at a multiple of 1024 bytes; within a row one may start at
+  // another number, and then the row is shorter.
+  const int row_bytes = 2 * (is_mn_major ? least(count, 64) : kDepth);
+  if (start % 1024 + row_bytes > 128) fail("multiply: an operand starts at byte %d of a panel", start % 1024);
+  const auto read = [&](int address, int k, int i, int step) {
+    address ^= (address >> 7 & 7) << 4;
+    if (address + 16 > block.shared_bytes) fail("multiply: outside the block's shared memory");
+    u16 numbers[8];
+    std::memcpy(numbers, block.shared + address, sizeof numbers);
+    for (int j = 0; j < 8; ++j) to[k * k_step + i * i_step + j * step] = numbers[j];
+  };
+  if (is_mn_major) {
+    for (int k = 0; k < kDepth; ++k)
+      for (int i = 0; i < count; i += 8)
+        read(start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128, k, i, i_step);
+  } else {
+    for (int i = 0; i < count; ++i)
+      for (int k = 0; k < kDepth; k += 8) read(start + i / 8 * stride + i % 8 * 128 + k * 2, k, i, k_step);
+  }
+}
+
+std::vector<u16> read_a(const Product& product) {
+  std::vector<u16> a(kRows * kDepth);
+  if (!product.a_in_registers) read_operand(product.a, kRows, product.a_is_mn_major, a.data(), 1, kDepth);
+  return a;
+}
+std::vector<u16> read_b(const Product& product) {
+  std::vector<u16> b(static_cast<std::size_t>(kDepth * product.columns));
+  read_operand(product.b, product.columns, product.b_is_mn_major, b.data(), product.columns, 1);
+  return b;
+}
+
+template <class T>
+void convert(const std::vector<u16>& before, const std::vector<u16>& now, float* numbers) {
+  for (std::size_t i = 0; i < now.size(); ++i) numbers[i] = to_float(T{now[i]});
+  if (before != now)
+    for (std::size_t i = 0; i < now.size(); ++i)
+      if (before[i] != now[i]) numbers[i] = NAN;
+}
+void convert(Number number, const std::vector<u16>& before, const std::vector<u16>& now, float* numbers) {
+  number == Number::bfloat16 ? convert<bfloat16>(before, now, numbers) : convert<float16>(before, now, numbers);
+}
+
+void execute(const Operation& operation) {
+  const Product& product = operation.product;
+  const int columns = product.columns;
+  float a[kRows * kDepth], b[kDepth * 256];
+  convert(product.number, operation.a, product.a_in_registers ? operation.a : read_a(product), a);
+  convert(product.number, operation.b, read_b(product), b);
+  float* const sums = operation.accumulators->sums.data();
+  if (!product.add) std::fill_n(sums, kRows * columns, 0.0f);
+  constexpr int kPart = 16;  // columns; constant, so that the loops become vector instructions
+  for (int row = 0; row < kRows; ++row)
+    for (int column = 0; column < columns; column += kPart) {
+      float part[kPart] = {};
+      for (int k = 0; k < kDepth; ++k)
+        for (int i = 0; i < kPart; ++i) part[i] += a[row * kDepth + k] * b[k * columns + column + i];
+      for (int i = 0; i < kPart; ++i) sums[row * columns + column + i] += part[i];
+    }
+}
+
+// The threads have their sums back.
+void deliver(const Accumulators& accumulators) {
+  for (int t = 0; t < kThreads; ++t) {
+    float* const c = accumulators.of[t];
+    for (int i = 0; i < accumulators.columns / 2; ++i) {
+      if (bits_of(c[i]) != static_cast<u32>(kPoison))
+        fail("accumulators of thread %d of the warpgroup were written while products ran", t);
+      c[i] = accumulators.sums[static_cast<std::size_t>(row_of(t, i) * accumulators.columns + column_of(t, i))];
+    }
+  }
+}
+
+std::shared_ptr<Accumulators> accumulators_at(const Warpgroup& warpgroup, int t, const float* c, int columns) {
+  for (const Operation& operation : warpgroup.operations)
+    if (operation.accumulators->of[t] == c) return operation.accumulators;
+  auto accumulators = std::make_shared<Accumulators>();
+  accumulators->columns = columns;
+  accumulators->sums.resize(static_cast<std::size_t>(kRows * columns));
+  return accumulators;
+}
+
+}  // namespace
+
+void multiply(const Product& product, float* c, const u32* a) {
+  Thread& thread = *self;
+  const int t = thread.index % kThreads, columns = product.columns;
+  Warpgroup& warpgroup = thread.block->warpgroups[static_cast<std::size_t>(thread.index / kThreads)];
+  if (!thread.products_are_fenced) fail("multiply: no fence_products since products were waited for");
+
+  // The first of the threads starts the operation.
+  const auto at = static_cast<std::size_t>(thread.products++ - warpgroup.executed);
+  if (at == warpgroup.operations.size())
+    warpgroup.operations.push_back(
+        {product, thread.product_groups, accumulators_at(warpgroup, t, c, columns), read_a(product), read_b(product)});
+  Operation& operation = warpgroup.operations[at];
+  if (operation.product != product || operation.group != thread.product_groups)
+    fail("multiply: not the same in all threads of the warpgroup");
+  Accumulators& accumulators = *operation.accumulators;
+  if (accumulators.columns != columns || (accumulators.of[t] && accumulators.of[t] != c))
+    fail("multiply: other accumulators than other threads");
+  if (!accumulators.of[t]) {
+    accumulators.of[t] = c;
+    for (int i = 0; i < columns / 2; ++i)
+      accumulators.sums[static_cast<std::size_t>(row_of(t, i) * columns + column_of(t, i))] = c[i];
+    poison(c, sizeof(float) * static_cast<std::size_t>(columns / 2));
+  }
+  if (product.a_in_registers)
+    for (int part = 0; part < 4; ++part) {
+      const int row = row_of(t, 2 * part), k = part / 2 * 8 + t % 4 * 2;
+      std::memcpy(&operation.a[static_cast<std::size_t>(row * kDepth + k)], &a[part], 4);
+    }
+}
+
+void commit_products() { ++self->product_groups; }
+
+void wait_products(int pending) {
+  struct Given {
+    Thread& thread;
+    int pending;
+  } given{*self, pending};
+  meet_warpgroup("wait_products", &given, [](void* const* all) {
+    const auto of = [&](int t) { return *static_cast<const Given*>(all[t]); };
+    const Thread& first = of(0).thread;
+    for (int t = 1; t < kThreads; ++t)
+      if (of(t).pending != of(0).pending || of(t).thread.products != first.products ||
+          of(t).thread.product_groups != first.product_groups)
+        fail("wait_products: threads of the warpgroup wait for different products");
+    Warpgroup& warpgroup = first.block->warpgroups[static_cast<std::size_t>(first.index / kThreads)];
+    auto& operations = warpgroup.operations;
+    for (; !operations.empty() && operations.front().group < first.product_groups - of(0).pending;
+         operations.pop_front(), ++warpgroup.executed) {
+      execute(operations.front());
+      if (operations.front().accumulators.use_count() == 1) deliver(*operations.front().accumulators);
+    }
+  });
+  self->products_are_fenced = false;
+}
+
+void require_no_products() {
+  const Warpgroup& warpgroup = self->block->warpgroups[static_cast<std::size_t>(self->index / kThreads)];
+  if (self->products > warpgroup.executed) fail("ended without waiting for its products");
+}
+
+}  // namespace flash_dmattn::cuda::emulator

@@ -1,0 +1,23 @@
+// Barriers in shared memory that count arrivals.
+#pragma once
+#include "../threads.h"
+#include "types.cuh"
+
+namespace flash_dmattn::cuda {
+
+struct alignas(8) Barrier {
+  u64 state;
+};
+
+inline void init(Barrier& barrier, int arrivals) { emulator::init_barrier(&barrier, arrivals); }
+inline void fence_barriers() {}
+
+inline void arrive(Barrier& barrier) { emulator::arrive_at_barrier("arrive", &barrier, 0); }
+inline void arrive_after_copies(Barrier& barrier) { emulator::arrive_at_barrier_after_copies(&barrier); }
+inline void arrive_expecting(Barrier& barrier, int bytes) {
+  emulator::arrive_at_barrier("arrive_expecting", &barrier, bytes);
+}
+
+inline void wait(Barrier& barrier, int parity) { emulator::wait_at_barrier(&barrier, parity); }
+
+}  // namespace flash_dmattn::cuda
