@@ -29,6 +29,13 @@ inline constexpr char kCacheSuffix[] = ".kernel";
 /// Takes the warnings (a folder that cannot be written to), instead of standard error.
 void set_warning_handler(std::function<void(const std::string& text)> handler);
 
+/// The kernels of the passes: `generic` ones for all GPUs, or those for `hopper` (sm_90a) wherever they can do a
+/// problem. `automatic` takes what is faster.
+enum class Family { automatic, generic, hopper };
+
+/// For comparing them. At first it is automatic, or what $FLASH_DMATTN_CUDA_FAMILY names.
+void set_family(Family family);
+
 /// A kernel and what it is compiled for.
 struct Target {
   std::string arch;  ///< "sm_80", "sm_90a", …

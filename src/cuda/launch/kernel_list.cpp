@@ -14,7 +14,7 @@ namespace flash_dmattn::cuda {
 std::vector<ListedKernel> list_kernels(const Selection& selection) {
   std::vector<ListedKernel> listed;
   for (auto list : {list_mask_kernels, list_plan_kernels, list_rows_kernels, list_forward_kernels,
-                    list_probabilities_kernels, list_backward_kernels})
+                    list_hopper_forward_kernels, list_probabilities_kernels, list_backward_kernels})
     list(selection, listed);
   // Launchers share some.
   std::vector<ListedKernel> kernels;

@@ -27,6 +27,7 @@ void list_mask_kernels(const Selection& selection, std::vector<ListedKernel>& ke
 void list_plan_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_rows_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_forward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
+void list_hopper_forward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_probabilities_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels);
 

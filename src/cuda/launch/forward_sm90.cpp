@@ -1,0 +1,63 @@
+#include "forward_sm90.h"
+
+#include <algorithm>
+
+#include "cuda/launch/family.h"
+#include "cuda/launch/kernel_list.h"
+#include "cuda/launch/options.h"
+#include "cuda/launch/plan.h"
+#include "cuda/launch/rows.h"
+#include "cuda/launch/scores.h"
+#include "sm90/forward_params.cuh"
+
+namespace flash_dmattn::cuda {
+namespace {
+
+Kernel kernel(const HopperForwardOptions& o) {
+  return {
+      "sm90/forward.cuh",
+      "HopperForward<" + options_text("HopperForwardOptions", o.head_dim, o.number, o.test, o.bias, o.softcap) + ">"};
+}
+
+}  // namespace
+
+bool takes_hopper_forward(const Problem& problem, const Stream& stream) {
+  // Rows change sign in the generic kernels alone.
+  if (stream.arch() != 90 || problem.scale < 0 || family() != Family::hopper) return false;
+  return true;
+}
+
+void hopper_forward(const Problem& problem, const Output& output, Stream& stream) {
+  const HopperForwardOptions options{.head_dim = static_cast<int>(padded_dim(problem.query.size[3])),
+                                     .number = number_of(problem),
+                                     .test = test_of(problem),
+                                     .bias = bias_kind(problem),
+                                     .softcap = problem.softcap > 0};
+  const HopperForwardConfig config = hopper_forward_config(options.head_dim, options.test);
+  Shape shape = make_shape(problem, config.rows);
+  shape.head_dim = options.head_dim;
+  const MadePlan made = make_plan(problem, shape, config.rows / shape.pack, stream);
+  const Rows out = aligned_output(output.out, stream);
+  const HopperForwardParams params{.scores = make_scores(problem, shape, made.plan, stream),
+                                   .value = key_rows("value", problem.value, stream),
+                                   .out = out,
+                                   .lse = row_numbers(output.lse)};
+  const i64 works = static_cast<i64>(made.plan.runs) * shape.units() * shape.batch;
+  stream.launch(kernel(options), {static_cast<unsigned>(std::min<i64>(works, stream.multiprocessors()))},
+                config.threads(), config.shared_bytes, params);
+  write_back(out, output.out, stream);
+}
+
+void list_hopper_forward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {
+  if (selection.arch != 90) return;
+  for (const Number number : selection.dtypes)
+    for (const int head_dim : selection.head_dims)
+      for (const Test test : {Test::interval, Test::bits})
+        for (const BiasKind bias : {BiasKind::none, BiasKind::per_key, BiasKind::full})
+          for (const bool softcap : {false, true})
+            kernels.push_back(
+                {kernel(HopperForwardOptions{head_dim, number, test, bias, softcap}),
+                 {head_dim, static_cast<int>(number), static_cast<int>(test), static_cast<int>(bias), softcap}});
+}
+
+}  // namespace flash_dmattn::cuda
