@@ -29,6 +29,7 @@ class Error : public std::runtime_error {
 struct Kernel {
   std::string header;  ///< "sm80/forward.cuh"
   std::string name;    ///< "Forward<ForwardOptions{…}>"
+  bool operator==(const Kernel&) const = default;
 };
 
 struct Grid {
@@ -45,6 +46,8 @@ class Stream {
   virtual void* allocate(std::size_t bytes) = 0;
   /// Zeros, in the order of the launches.
   virtual void zero(void* memory, std::size_t bytes) = 0;
+  /// Calls `body`, whose launches may wait until it has returned: kernels that are new are compiled side by side.
+  virtual void together(const std::function<void()>& body) { body(); }
 
   template <class Params>
   void launch(const Kernel& kernel, Grid grid, int threads, int shared_bytes, const Params& params) {

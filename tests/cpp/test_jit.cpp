@@ -19,6 +19,7 @@
 #include "cuda/jit/compiler.h"
 #include "cuda/jit/cubin.h"
 #include "cuda/launch/kernel_list.h"
+#include "fake_driver.h"
 #include "flash_dmattn/cuda_kernels.h"
 
 namespace flash_dmattn::cuda {
@@ -260,6 +261,91 @@ TEST(gpus_get_what_the_compiler_has_for_them) {
   CHECK_EQUAL(nvrtc_arch(80), "sm_80");
   CHECK_EQUAL(nvrtc_arch(90), "sm_90a");
   CHECK(nvrtc_arch(990).starts_with("compute_"));
+}
+
+// Two that launchers have, and that are compiled in no time.
+const Kernel kCopy{"layout/copy_rows.cuh", "CopyRows"}, kZero{"sm80/probabilities.cuh", "ZeroMatrix"};
+
+void launch(Stream& stream, const Kernel& kernel, unsigned blocks, int param) {
+  stream.launch(kernel, {blocks}, 32, 0, param);
+}
+
+TEST(new_kernels_are_launched_in_order) {
+  if (small_kernel().empty()) return;
+  const CacheFolder folder;
+  const auto stream = gpu_stream(0, nullptr, {});
+  fake_driver_notes();
+  const auto body = [&] {
+    stream->zero(stream.get(), 1);
+    launch(*stream, kCopy, 1, 10);
+    launch(*stream, kZero, 2, 20);
+    stream->zero(stream.get(), 2);
+    launch(*stream, kCopy, 3, 30);
+  };
+  const std::vector<std::string> launches = {"flash_dmattn_CopyRows 1 10", "flash_dmattn_ZeroMatrix 2 20", "zero 2",
+                                             "flash_dmattn_CopyRows 3 30"};
+  std::vector<std::string> expected = {"zero 1", "load flash_dmattn_CopyRows", "load flash_dmattn_ZeroMatrix"};
+  expected.insert(expected.end(), launches.begin(), launches.end());
+  stream->together(body);
+  CHECK(fake_driver_notes() == expected);
+  CHECK_EQUAL(folder.files().size(), 2u);
+  // Nothing waits for what is there.
+  expected = {"zero 1"};
+  expected.insert(expected.end(), launches.begin(), launches.end());
+  stream->together([&] {
+    body();
+    CHECK(fake_driver_notes() == expected);
+  });
+  CHECK(fake_driver_notes().empty());
+}
+
+TEST(kernels_that_cannot_be_compiled_stop_what_comes_after_them) {
+  if (small_kernel().empty()) return;
+  const CacheFolder folder;
+  const auto stream = gpu_stream(0, nullptr, {});
+  fake_driver_notes();
+  std::string message;
+  try {
+    stream->together([&] {
+      launch(*stream, {kCopy.header, "NoSuchKernel"}, 1, 0);
+      launch(*stream, kCopy, 1, 0);
+      stream->zero(stream.get(), 1);
+    });
+  } catch (const Error& error) {
+    message = error.what();
+  }
+  CHECK(message.find("identifier \"NoSuchKernel\" is undefined") != std::string::npos);
+  try {
+    stream->together([&] {
+      launch(*stream, {kCopy.header, "NoSuchKernel"}, 1, 0);
+      throw InvalidArgument("says the launcher");
+    });
+  } catch (const InvalidArgument& error) {
+    message = error.what();
+  }
+  CHECK_EQUAL(message, "says the launcher");
+  CHECK(fake_driver_notes().empty());
+  launch(*stream, kCopy, 1, 0);
+  CHECK_EQUAL(fake_driver_notes().back(), "flash_dmattn_CopyRows 1 0");
+}
+
+TEST(threads_share_what_is_loaded) {
+  if (small_kernel().empty()) return;
+  const CacheFolder folder;
+  fake_driver_notes();
+  in_threads(8, [](int thread) {
+    const auto stream = gpu_stream(0, nullptr, {});
+    for (int i = 0; i < 50; ++i)
+      stream->together([&] {
+        launch(*stream, kZero, 1, thread);
+        launch(*stream, kCopy, 1, thread);
+      });
+  });
+  std::vector<std::string> notes = fake_driver_notes();
+  std::erase_if(notes, [](const std::string& note) { return note.starts_with("load"); });
+  CHECK_EQUAL(notes.size(), 800u);
+  launch(*gpu_stream(0, nullptr, {}), kZero, 1, 0);
+  CHECK_EQUAL(fake_driver_notes().size(), 1u);
 }
 
 TEST(missing_gpu_is_said) {

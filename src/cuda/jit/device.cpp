@@ -3,7 +3,6 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/jit/compiler.h"
 #include "cuda/jit/nvrtc.h"
 #include "flash_dmattn/cuda_kernels.h"
 
@@ -55,19 +54,15 @@ CUcontext Device::context() {
   return context_;
 }
 
-CUfunction Device::function(const Kernel& kernel) {
-  {
-    const std::shared_lock lock(mutex_);
-    if (const auto found = functions_.find(kernel); found != functions_.end()) return found->second;
-  }
-  // Compiles while others launch and compile.
-  const CUfunction loaded = load(kernel);
-  const std::unique_lock lock(mutex_);
-  return functions_.emplace(kernel, loaded).first->second;
+CUfunction Device::find(const Kernel& kernel) {
+  const std::shared_lock lock(mutex_);
+  const auto found = functions_.find(kernel);
+  return found != functions_.end() ? found->second : nullptr;
 }
 
-CUfunction Device::load(const Kernel& kernel) const {
-  const Image image = image_of(kernel, nvrtc_arch(arch_));
+Image Device::image(const Kernel& kernel) const { return image_of(kernel, nvrtc_arch(arch_)); }
+
+CUfunction Device::load(const Kernel& kernel, const Image& image) {
   // Loading is no part of a CUDA graph that this thread may be capturing.
   CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
   driver_.cuThreadExchangeStreamCaptureMode(&mode);
@@ -83,7 +78,8 @@ CUfunction Device::load(const Kernel& kernel) const {
     driver_.fail(result, "The CUDA driver (for CUDA " + driver_.version() + ") does not load what " +
                              Nvrtc::get().name() + " compiled from " + kernel.name);
   }
-  return function;
+  const std::unique_lock lock(mutex_);
+  return functions_.emplace(kernel, function).first->second;
 }
 
 std::string missing(int device) {

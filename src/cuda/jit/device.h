@@ -6,6 +6,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "cuda/jit/compiler.h"
 #include "cuda/jit/driver.h"
 #include "flash_dmattn/cuda.h"
 
@@ -20,19 +21,17 @@ class Device {
   int multiprocessors() const { return multiprocessors_; }
   /// The primary context, which PyTorch and the runtime API use, too.
   CUcontext context();
-  /// Loads the kernel at first; the context is current. As fast as finding a string, later.
-  CUfunction function(const Kernel& kernel);
+  /// Null unless it is loaded. As fast as finding a string.
+  CUfunction find(const Kernel& kernel);
+  /// Loads what was compiled from the kernel for this GPU, image(); the context is current.
+  CUfunction load(const Kernel& kernel, const Image& image);
+  Image image(const Kernel& kernel) const;
 
   explicit Device(int index);  ///< For get.
 
  private:
-  CUfunction load(const Kernel& kernel) const;
-
   struct HashOfName {
     std::size_t operator()(const Kernel& kernel) const { return std::hash<std::string>()(kernel.name); }
-  };
-  struct Same {
-    bool operator()(const Kernel& a, const Kernel& b) const { return a.name == b.name && a.header == b.header; }
   };
 
   const Driver& driver_ = Driver::get();
@@ -40,7 +39,7 @@ class Device {
   int arch_, multiprocessors_, shared_bytes_;
   std::shared_mutex mutex_;
   CUcontext context_ = nullptr;
-  std::unordered_map<Kernel, CUfunction, HashOfName, Same> functions_;
+  std::unordered_map<Kernel, CUfunction, HashOfName> functions_;
 };
 
 }  // namespace flash_dmattn::cuda

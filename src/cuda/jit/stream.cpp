@@ -1,5 +1,8 @@
 // A stream of a GPU: where launchers meet the driver.
+#include <algorithm>
+#include <future>
 #include <utility>
+#include <vector>
 
 #include "cuda/jit/device.h"
 
@@ -29,25 +32,70 @@ class GpuStream : public Stream {
   void* allocate(std::size_t bytes) override { return bytes > 0 ? allocate_(bytes) : nullptr; }
   void zero(void* memory, std::size_t bytes) override {
     if (bytes == 0) return;
-    driver_.check(driver_.cuMemsetD8Async(reinterpret_cast<CUdeviceptr>(memory), 0, bytes, stream_),
-                  "Memory of the GPU cannot be set to zero");
+    const auto set = [=, this] {
+      driver_.check(driver_.cuMemsetD8Async(reinterpret_cast<CUdeviceptr>(memory), 0, bytes, stream_),
+                    "Memory of the GPU cannot be set to zero");
+    };
+    if (waiting_.empty())
+      set();
+    else
+      waiting_.push_back(set);
+  }
+  void together(const std::function<void()>& body) override {
+    if (is_together_) return body();
+    is_together_ = true;
+    try {
+      body();
+      for (auto& [kernel, image] : new_) device_.load(kernel, image.get());
+      for (const auto& launch : waiting_) launch();
+    } catch (...) {
+      forget_waiting();
+      throw;
+    }
+    forget_waiting();
   }
 
  protected:
   void launch_bytes(const Kernel& kernel, Grid grid, int threads, int shared_bytes, const void* params,
-                    std::size_t) override {
-    void* arguments[] = {const_cast<void*>(params)};
-    const CUresult result = driver_.cuLaunchKernel(device_.function(kernel), grid.x, grid.y, grid.z, threads, 1, 1,
-                                                   shared_bytes, stream_, arguments, nullptr);
-    if (result != 0) driver_.fail(result, "The GPU does not take a launch of " + kernel.name);
+                    std::size_t params_bytes) override {
+    const CUfunction function = device_.find(kernel);
+    if (function && waiting_.empty()) return launch_loaded(function, kernel, grid, threads, shared_bytes, params);
+    if (!is_together_)
+      return launch_loaded(device_.load(kernel, device_.image(kernel)), kernel, grid, threads, shared_bytes, params);
+    if (!function) start_compiling(kernel);
+    waiting_.push_back([=, this, bytes = std::string(static_cast<const char*>(params), params_bytes)] {
+      launch_loaded(device_.find(kernel), kernel, grid, threads, shared_bytes, bytes.data());
+    });
   }
 
  private:
+  void launch_loaded(CUfunction function, const Kernel& kernel, Grid grid, int threads, int shared_bytes,
+                     const void* params) {
+    void* arguments[] = {const_cast<void*>(params)};
+    const CUresult result = driver_.cuLaunchKernel(function, grid.x, grid.y, grid.z, threads, 1, 1, shared_bytes,
+                                                   stream_, arguments, nullptr);
+    if (result != 0) driver_.fail(result, "The GPU does not take a launch of " + kernel.name);
+  }
+
+  void start_compiling(const Kernel& kernel) {
+    if (std::ranges::find(new_, kernel, &NewKernel::first) == new_.end())
+      new_.emplace_back(kernel, std::async([this, kernel] { return device_.image(kernel); }));
+  }
+  void forget_waiting() {
+    is_together_ = false;
+    waiting_.clear();
+    new_.clear();
+  }
+
+  using NewKernel = std::pair<Kernel, std::future<Image>>;
   const Driver& driver_ = Driver::get();
   Device& device_;
   CUstream stream_;
   std::function<void*(std::size_t bytes)> allocate_;
-  bool pushed_ = false;
+  bool pushed_ = false, is_together_ = false;
+  // Within together(): what is being compiled; its first launch, and all that comes after that.
+  std::vector<NewKernel> new_;
+  std::vector<std::function<void()>> waiting_;
 };
 
 }  // namespace

@@ -295,7 +295,7 @@ void backward(const Problem& problem, const Output& output, const OutputGradient
   check(problem, output);
   check(problem, output_gradient);
   check(problem, input_gradient);
-  Pass(problem, output, output_gradient, input_gradient, deterministic, stream).run();
+  stream.together([&] { Pass(problem, output, output_gradient, input_gradient, deterministic, stream).run(); });
 }
 
 void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {

@@ -31,12 +31,7 @@ int split_count(i64 blocks, i64 key_tiles, i64 capacity) {
   return static_cast<int>(std::clamp<i64>(std::min(capacity / blocks, key_tiles), 1, kMostSplits));
 }
 
-}  // namespace
-
-void forward(const Problem& problem, const Output& output, Stream& stream) {
-  check(problem);
-  check(problem, output);
-  if (problem.query.size[0] == 0 || problem.query.size[1] == 0) return;
+void launch(const Problem& problem, const Output& output, Stream& stream) {
   const int arch = stream.arch(), head_dim = static_cast<int>(padded_dim(problem.query.size[3]));
   const i64 group = problem.query.size[2] / problem.key.size[2];
   ForwardOptions options{.arch = arch,
@@ -82,6 +77,15 @@ void forward(const Problem& problem, const Output& output, Stream& stream) {
                   params);
   }
   write_back(out, output.out, stream);
+}
+
+}  // namespace
+
+void forward(const Problem& problem, const Output& output, Stream& stream) {
+  check(problem);
+  check(problem, output);
+  if (problem.query.size[0] == 0 || problem.query.size[1] == 0) return;
+  stream.together([&] { launch(problem, output, stream); });
 }
 
 void list_forward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {

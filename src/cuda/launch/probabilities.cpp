@@ -31,19 +31,13 @@ void zero(const View<4>& view, Stream& stream) {
                                    .keys = keys});
 }
 
-}  // namespace
-
-void probabilities(const Problem& problem, const View<3>& lse, const View<4>& probs, Stream& stream) {
-  check(problem);
-  check_probabilities(problem, lse, probs);
+void launch(const Problem& problem, const View<3>& lse, const View<4>& probs, Stream& stream) {
   const ProbabilitiesOptions options{.arch = stream.arch(),
                                      .head_dim = static_cast<int>(padded_dim(problem.query.size[3])),
                                      .number = number_of(problem),
                                      .test = test_of(problem),
                                      .bias = bias_kind(problem),
                                      .softcap = problem.softcap > 0};
-  for (const std::int64_t size : probs.size)
-    if (size == 0) return;
   zero(probs, stream);
   const ScoresConfig config = probabilities_config(options);
   Shape shape = make_shape(problem, config.rows);
@@ -58,6 +52,16 @@ void probabilities(const Problem& problem, const View<3>& lse, const View<4>& pr
       ProbabilitiesParams{.scores = make_scores(problem, shape, made.plan, stream),
                           .lse = row_numbers(lse),
                           .probs = {probs.data, probs.stride[0], probs.stride[1], probs.stride[2], probs.stride[3]}});
+}
+
+}  // namespace
+
+void probabilities(const Problem& problem, const View<3>& lse, const View<4>& probs, Stream& stream) {
+  check(problem);
+  check_probabilities(problem, lse, probs);
+  for (const std::int64_t size : probs.size)
+    if (size == 0) return;
+  stream.together([&] { launch(problem, lse, probs, stream); });
 }
 
 void list_probabilities_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {
