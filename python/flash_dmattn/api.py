@@ -36,7 +36,7 @@ def flash_dmattn_func_auto(backend: str | None = None) -> Callable[..., Any]:
     if backend is not None:
         if backend not in BACKENDS:
             raise ValueError(f"backend is {backend!r}; it takes {', '.join(map(repr, BACKENDS))} or None")
-        _check_available(backend)
+        _available(backend)
     return functools.partial(_attention, backend)
 
 
@@ -143,10 +143,11 @@ def flex_dmattn_func(
     )  # fmt: skip
 
 
-def _check_available(backend: str) -> None:
-    missing = BACKENDS[backend].MISSING
-    if missing is not None:
-        raise ImportError(missing)
+def _available(backend: str) -> Any:
+    module = BACKENDS[backend]
+    if module.MISSING is not None:
+        raise ImportError(module.MISSING)
+    return module
 
 
 def _best_backend(query: Tensor) -> str:
@@ -174,10 +175,9 @@ def _attention(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     checks.check_flag("deterministic", deterministic)
     checks.check_flag("return_attn_probs", return_attn_probs)
-    checks.check_tensor("query", query, 4, "(batch, query_len, heads, head_dim)")
+    checks.check_tensors(query, key, value)
     backend = backend or _best_backend(query)
-    _check_available(backend)
-    module = BACKENDS[backend]
+    module = _available(backend)
     checks.check_backend("query", query, backend, module.DEVICES)
     problem = make_problem(
         query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, keep_window_size

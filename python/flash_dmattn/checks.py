@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Sizes(NamedTuple):
+    batch: int
+    query_len: int
+    key_len: int
+    heads: int
+    kv_heads: int
+    head_dim: int
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -45,70 +54,72 @@ def check_device(name: str, value: Tensor, device: torch.device, of: str) -> Non
         raise ValueError(f"{name} is on {value.device}; it takes a tensor on {device}, as {of}")
 
 
-def check_inputs(query: Any, key: Any, value: Any) -> None:
-    """query (B, Q, H, D), key and value (B, K, Hk, D)."""
-    layouts = {
-        "query": (query, "(batch, query_len, heads, head_dim)"),
-        "key": (key, "(batch, key_len, kv_heads, head_dim)"),
-        "value": (value, "(batch, key_len, kv_heads, head_dim)"),
-    }
-    for name, (tensor, layout) in layouts.items():
-        check_tensor(name, tensor, 4, layout)
+def check_tensors(query: Any, key: Any, value: Any) -> None:
+    check_tensor("query", query, 4, "(batch, query_len, heads, head_dim)")
+    check_tensor("key", key, 4, "(batch, key_len, kv_heads, head_dim)")
+    check_tensor("value", value, 4, "(batch, key_len, kv_heads, head_dim)")
+
+
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
+    """query (B, Q, H, D), key and value (B, K, Hk, D); gives their sizes."""
+    dtype, device = query.dtype, query.device
     check_dtype("query", query, FLOATING)
     for name, tensor in (("key", key), ("value", value)):
-        check_dtype(name, tensor, (query.dtype,))
-        check_device(name, tensor, query.device, "query")
+        check_dtype(name, tensor, (dtype,))
+        check_device(name, tensor, device, "query")
 
-    batch, _, heads, head_dim = query.shape
+    batch, query_len, heads, head_dim = query.shape
+    key_batch, key_len, kv_heads, key_head_dim = key_shape = key.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"query has head_dim {head_dim}; it takes 1 to {MAX_HEAD_DIM}")
-    if key.size(0) != batch or key.size(3) != head_dim:
+    if key_batch != batch or key_head_dim != head_dim:
         raise ValueError(
-            f"key has shape {tuple(key.shape)}; it takes (batch, key_len, kv_heads, head_dim) with "
+            f"key has shape {tuple(key_shape)}; it takes (batch, key_len, kv_heads, head_dim) with "
             f"query's batch {batch} and head_dim {head_dim}"
         )
-    if key.size(2) == 0 or heads == 0 or heads % key.size(2) != 0:
-        raise ValueError(f"key has {key.size(2)} heads; it takes a number that divides query's {heads}")
-    if value.shape != key.shape:
-        raise ValueError(f"value has shape {tuple(value.shape)}; it takes key's {tuple(key.shape)}")
-    for name, (tensor, _) in layouts.items():
-        if head_dim > 1 and tensor.stride(3) != 1:
+    if kv_heads == 0 or heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"key has {kv_heads} heads; it takes a number that divides query's {heads}")
+    if value.shape != key_shape:
+        raise ValueError(f"value has shape {tuple(value.shape)}; it takes key's {tuple(key_shape)}")
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.stride()[3] != 1 and head_dim > 1:
             raise ValueError(
                 f"{name} has strides {tensor.stride()}; it takes a contiguous last dimension (stride 1), "
                 f"which {name}.contiguous() gives"
             )
+    return Sizes(batch, query_len, key_len, heads, kv_heads, head_dim)
 
 
-def check_shape(name: str, shape: tuple[int, ...], query: Tensor, key: Tensor, *, broadcast: bool = True) -> None:
+def check_shape(name: str, shape: tuple[int, ...], sizes: Sizes, *, broadcast: bool = True) -> None:
     """(B | 1, 1 | Hk | H, Q, K), where with `broadcast` Q and K may be 1."""
-    (batch, query_len, heads, _), (_, key_len, kv_heads, _) = query.shape, key.shape
+    batch, query_len, key_len, heads, kv_heads, _ = sizes
     lengths = ((1, query_len), (1, key_len)) if broadcast else ((query_len,), (key_len,))
     takes = ((1, batch), (1, kv_heads, heads), *lengths)
-    if any(size not in sizes for size, sizes in zip(shape, takes, strict=True)):
+    if not (shape[0] in takes[0] and shape[1] in takes[1] and shape[2] in takes[2] and shape[3] in takes[3]):
         wanted = ", ".join(" | ".join(str(size) for size in dict.fromkeys(sizes)) for sizes in takes)
         raise ValueError(f"{name} has shape {tuple(shape)}; it takes (batch, heads, query_len, key_len) = ({wanted})")
 
 
-def check_mask(mask: Any, query: Tensor, key: Tensor) -> None:
+def check_mask(mask: Any, query: Tensor, sizes: Sizes) -> None:
     """A dense attn_mask: any dtype with an order, any strides."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask is {type(mask).__name__}; it takes a torch.Tensor or a DynamicMask")
     check_tensor("attn_mask", mask, 4, "(batch, heads, query_len, key_len)")
     check_mask_dtype("attn_mask", mask)
-    check_shape("attn_mask", mask.shape, query, key)
+    check_shape("attn_mask", mask.shape, sizes)
     check_device("attn_mask", mask, query.device, "query")
 
 
-def check_dynamic_mask(mask: Any, query: Tensor, key: Tensor) -> None:
+def check_dynamic_mask(mask: Any, query: Tensor, sizes: Sizes) -> None:
     """A DynamicMask as attn_mask: made for this query and key length."""
-    check_shape("attn_mask (a DynamicMask)", mask.shape, query, key, broadcast=False)
+    check_shape("attn_mask (a DynamicMask)", mask.shape, sizes, broadcast=False)
     check_device("attn_mask", mask.end, query.device, "query")
 
 
-def check_bias(bias: Any, query: Tensor, key: Tensor) -> None:
+def check_bias(bias: Any, query: Tensor, sizes: Sizes) -> None:
     check_tensor("attn_bias", bias, 4, "(batch, heads, query_len, key_len)")
     check_dtype("attn_bias", bias, (query.dtype, torch.float32))
-    check_shape("attn_bias", bias.shape, query, key)
+    check_shape("attn_bias", bias.shape, sizes)
     check_device("attn_bias", bias, query.device, "query")
 
 

@@ -84,27 +84,31 @@ def _(score: Tensor, *arguments: Any) -> Tensor:
 # torch.library.register_autograd would call Functions like these from within the dispatcher, and turn every argument
 # from Python to C++ and back once more: several times the host time of the operator itself.
 
+_forward = torch.ops.flash_dmattn.forward.default
+_backward = torch.ops.flash_dmattn.backward.default
 
-def forward(query: Tensor, key: Tensor, value: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+
+def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """The operator forward, with gradients."""
     if torch.is_grad_enabled():
-        bias = arguments[1]
+        query, key, value, _, bias = arguments[:5]
         if query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad):
-            return _Forward.apply(query, key, value, *arguments)
-    return torch.ops.flash_dmattn.forward(query, key, value, *arguments)
+            return _Forward.apply(*arguments[:7], arguments[7:])
+    return _forward(*arguments)
 
 
 def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The operator backward, whose gradients cannot be differentiated."""
-    return (_Backward.apply if torch.is_grad_enabled() else torch.ops.flash_dmattn.backward)(*arguments)
+    return (_Backward.apply if torch.is_grad_enabled() else _backward)(*arguments)
 
 
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        out, lse = torch.ops.flash_dmattn.forward(*arguments)
-        ctx.save_for_backward(*arguments[:7], out, lse)
-        ctx.options = arguments[7:]
+        *tensors, options = arguments
+        out, lse = _forward(*tensors, *options)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.options = options
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -117,13 +121,13 @@ class _Forward(torch.autograd.Function):
         grad_query, grad_key, grad_value, grad_bias = backward(
             grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
         )
-        return grad_query, grad_key, grad_value, None, grad_bias if needs_bias_grad else None, *[None] * 6
+        return grad_query, grad_key, grad_value, None, grad_bias if needs_bias_grad else None, None, None, None
 
 
 class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.flash_dmattn.backward(*arguments)
+        return _backward(*arguments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:

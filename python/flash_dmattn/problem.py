@@ -43,9 +43,11 @@ def make_problem(
     deterministic: bool | None,
     keep_window_size: int | None,
 ) -> Problem:
-    if torch.is_autocast_enabled(query.device.type):
-        query, key, value = (_autocast(tensor, query.device.type) for tensor in (query, key, value))
-    checks.check_inputs(query, key, value)
+    """What `checks.check_tensors` has passed and all other arguments, checked and brought to one form."""
+    device = "cuda" if query.is_cuda else "cpu"
+    if torch.is_autocast_enabled(device):
+        query, key, value = (tensor.to(autocast_dtype(tensor, device)) for tensor in (query, key, value))
+    sizes = checks.check_inputs(query, key, value)
     checks.check_number("scale", scale, positive=False)
     checks.check_number("softcap", softcap, positive=True)
     checks.check_flag("is_causal", is_causal)
@@ -53,14 +55,14 @@ def make_problem(
 
     bias = mask = dynamic = None
     if attn_bias is not None:
-        checks.check_bias(attn_bias, query, key)
+        checks.check_bias(attn_bias, query, sizes)
         bias = _unexpand_bias(attn_bias)
     if isinstance(attn_mask, DynamicMask):
-        checks.check_dynamic_mask(attn_mask, query, key)
+        checks.check_dynamic_mask(attn_mask, query, sizes)
         dynamic = attn_mask.end, attn_mask.survivors
         causal = causal or attn_mask.is_causal
     elif attn_mask is not None:
-        checks.check_mask(attn_mask, query, key)
+        checks.check_mask(attn_mask, query, sizes)
         mask = _unexpand(attn_mask)
         mask = mask if mask.dtype == torch.bool else mask != 0
 
@@ -76,22 +78,12 @@ def make_problem(
             )
         score = _unexpand(attn_bias.detach())
         checks.check_no_nan("attn_bias", score)
-        mask, dynamic = _best_keys(score, mask, keep_window_size, query.size(1), key.size(1), causal)
+        mask, dynamic = _best_keys(score, mask, keep_window_size, sizes.query_len, sizes.key_len, causal)
 
     end, survivors = dynamic or (None, None)
-    return Problem(
-        query,
-        key,
-        value,
-        mask,
-        bias,
-        end,
-        survivors,
-        scale=query.size(3) ** -0.5 if scale is None else float(scale),
-        softcap=0.0 if softcap is None else float(softcap),
-        is_causal=causal,
-        deterministic=bool(deterministic),
-    )
+    scale = sizes.head_dim**-0.5 if scale is None else float(scale)
+    softcap = 0.0 if softcap is None else float(softcap)
+    return Problem(query, key, value, mask, bias, end, survivors, scale, softcap, causal, bool(deterministic))
 
 
 def autocast_dtype(tensor: Tensor, device: str) -> torch.dtype:
@@ -101,19 +93,16 @@ def autocast_dtype(tensor: Tensor, device: str) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def _autocast(tensor: Tensor, device: str) -> Tensor:
-    if not isinstance(tensor, Tensor) or (dtype := autocast_dtype(tensor, device)) == tensor.dtype:
-        return tensor
-    return tensor.to(dtype)
+def _expanded(tensor: Tensor) -> list[int]:
+    """The dimensions that hold one value, repeated (stride 0)."""
+    stride = tensor.stride()
+    return [dim for dim, size in enumerate(tensor.shape) if stride[dim] == 0 and size > 1] if 0 in stride else []
 
 
 def _unexpand(tensor: Tensor) -> Tensor:
-    """The same values with every expanded dimension (stride 0) at size 1. A view."""
-    if 0 not in tensor.stride():
-        return tensor
-    for dim in range(tensor.dim()):
-        if tensor.size(dim) > 1 and tensor.stride(dim) == 0:
-            tensor = tensor.narrow(dim, 0, 1)
+    """The same values with every expanded dimension at size 1. A view."""
+    for dim in _expanded(tensor):
+        tensor = tensor.narrow(dim, 0, 1)
     return tensor
 
 
@@ -122,17 +111,16 @@ def _unexpand_bias(bias: Tensor) -> Tensor:
 
     Autograd's way back through the narrow view and the expand would write out a gradient of the expanded shape.
     """
-    narrow = _unexpand(bias)
-    if narrow is bias or not bias.requires_grad or not torch.is_grad_enabled():
-        return narrow
-    if torch.compiler.is_compiling():
-        return narrow  # The compiler fuses the way back.
-    if bias.is_leaf or bias.retains_grad or bias._backward_hooks:
+    if not bias.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _unexpand(bias)  # The compiler fuses the way back.
+    expanded = _expanded(bias)
+    if not expanded or bias.is_leaf or bias.retains_grad or bias._backward_hooks:
         return bias  # Its gradient is asked for, in its own shape.
     base = bias._base
     if base is None or not base.requires_grad or base.dtype != bias.dtype or not _are_views(bias.grad_fn, base.grad_fn):
-        return narrow
-    return base.as_strided(narrow.size(), narrow.stride(), narrow.storage_offset())
+        return _unexpand(bias)
+    size = [1 if dim in expanded else size for dim, size in enumerate(bias.shape)]
+    return base.as_strided(size, bias.stride(), bias.storage_offset())
 
 
 def _are_views(node: Any, base: Any) -> bool:
