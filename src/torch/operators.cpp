@@ -48,6 +48,24 @@ DType dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
+std::int32_t torch_dtype(DType dtype) {
+  switch (dtype) {
+    case DType::boolean:
+      return aoti_torch_dtype_bool();
+    case DType::int32:
+      return aoti_torch_dtype_int32();
+    case DType::float16:
+      return aoti_torch_dtype_float16();
+    case DType::bfloat16:
+      return aoti_torch_dtype_bfloat16();
+    case DType::float32:
+      return aoti_torch_dtype_float32();
+    case DType::float64:
+      return aoti_torch_dtype_float64();
+  }
+  throw InvalidArgument("dtype is none of the engine's");
+}
+
 std::string text(const Device& device) {
   return device.is_cpu() ? "cpu" : device.is_cuda() ? "cuda:" + std::to_string(device.index()) : "another device";
 }
@@ -59,10 +77,11 @@ View<Rank> view_of(const char* name, const Tensor& tensor, void* data) {
                           std::to_string(Rank));
   }
   View<Rank> view{.data = data, .dtype = dtype_of(name, tensor)};
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
   for (int i = 0; i < Rank; ++i) {
-    view.size[i] = tensor.size(i);
+    view.size[i] = sizes[i];
     // The stride of a dimension of size 1 is arbitrary in torch.
-    view.stride[i] = tensor.size(i) == 1 ? (i == Rank - 1 ? 1 : 0) : tensor.stride(i);
+    view.stride[i] = sizes[i] == 1 ? (i == Rank - 1 ? 1 : 0) : strides[i];
   }
   return view;
 }
@@ -71,8 +90,6 @@ template <int Rank>
 View<Rank> output(const char* name, const Tensor& tensor) {
   return view_of<Rank>(name, tensor, tensor.mutable_data_ptr());
 }
-
-Tensor new_empty_like(const Tensor& tensor) { return torch::stable::new_empty(tensor, tensor.sizes()); }
 
 // What autograd brings may be expanded, as the gradient of a sum is; the engine takes a contiguous last dimension.
 Tensor with_contiguous_rows(const Tensor& tensor) {
@@ -83,9 +100,9 @@ Tensor with_contiguous_rows(const Tensor& tensor) {
 // An operator's first tensor says on which device it runs: there all others have to be, and there new ones are made.
 class OneDevice {
  public:
-  OneDevice(const char* name, const Tensor& first, DeviceType type) : name_(name), first_(first) {
-    if (first.device().type() != type) {
-      throw InvalidArgument(std::string(name) + " is on " + text(first.device()) +
+  OneDevice(const char* name, const Tensor& first, DeviceType type) : name_(name), device_(first.device()) {
+    if (device_.type() != type) {
+      throw InvalidArgument(std::string(name) + " is on " + text(device_) +
                             ", other tensors on a GPU; it takes a tensor on the same device");
     }
   }
@@ -93,9 +110,9 @@ class OneDevice {
   // The engine does not write to inputs; reading through the const pointer leaves copy-on-write tensors shared.
   template <int Rank>
   View<Rank> input(const char* name, const Tensor& tensor) const {
-    if (tensor.device().type() != first_.device().type() || tensor.get_device_index() != first_.get_device_index()) {
+    if (tensor.device() != device_) {
       throw InvalidArgument(std::string(name) + " is on " + text(tensor.device()) + "; it takes a tensor on " +
-                            text(first_.device()) + ", as " + name_);
+                            text(device_) + ", as " + name_);
     }
     return view_of<Rank>(name, tensor, const_cast<void*>(tensor.const_data_ptr()));
   }
@@ -105,14 +122,22 @@ class OneDevice {
     return input<Rank>(name, *tensor);
   }
 
+  // Contiguous. torch::stable::new_empty would look an operator up by its name, and box its arguments, each time.
   template <std::size_t Rank>
-  Tensor new_empty(const std::array<std::int64_t, Rank>& size, ScalarType dtype) const {
-    return torch::stable::new_empty(first_, {size.data(), size.size()}, dtype);
+  Tensor empty(const std::array<std::int64_t, Rank>& size, DType dtype) const {
+    std::array<std::int64_t, Rank> stride;
+    std::uint64_t step = 1;  // May overflow; torch refuses such sizes.
+    for (std::size_t i = Rank; i-- > 0; step *= std::max<std::int64_t>(size[i], 1)) stride[i] = step;
+    AtenTensorHandle tensor = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        Rank, size.data(), stride.data(), torch_dtype(dtype),
+        device_.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu(), device_.index(), &tensor));
+    return Tensor(tensor);
   }
 
  private:
   const char* name_;
-  const Tensor& first_;
+  const Device device_;
 };
 
 Threads torch_threads() {
@@ -170,7 +195,7 @@ class Gpu : public OneDevice {
   Gpu(const char* name, const Tensor& first) : OneDevice(name, first, DeviceType::CUDA) {
     const int device = first.get_device_index();
     stream_ = cuda::gpu_stream(device, current_stream(device), [this](std::size_t bytes) {
-      return memory_.emplace_back(new_empty(std::array{static_cast<std::int64_t>(bytes)}, ScalarType::Byte))
+      return memory_.emplace_back(empty(std::array{static_cast<std::int64_t>(bytes)}, DType::boolean))
           .mutable_data_ptr();
     });
   }
@@ -228,9 +253,10 @@ std::tuple<Tensor, Tensor> forward_on(const Tensor& query, const Tensor& key, co
   const Problem problem =
       make_problem(engine, query, key, &value, mask, bias, end, survivors, scale, softcap, is_causal);
   const auto& [batch, query_len, heads, head_dim] = problem.query.size;
-  Tensor out = new_empty_like(query);
-  Tensor lse = engine.new_empty(std::array{batch, heads, query_len},
-                                problem.query.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float);
+  const DType dtype = problem.query.dtype;
+  const Tensor out = engine.empty(problem.query.size, dtype);
+  const Tensor lse =
+      engine.empty(std::array{batch, heads, query_len}, dtype == DType::float64 ? DType::float64 : DType::float32);
   engine.forward(problem, {output<4>("out", out), output<3>("lse", lse)});
   return {out, lse};
 }
@@ -246,9 +272,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_on(
       make_problem(engine, query, key, &value, mask, bias, end, survivors, scale, softcap, is_causal);
   if (needs_bias_grad && !bias) throw InvalidArgument("needs_bias_grad is true without a bias; it takes false");
   const Tensor grad_out_rows = with_contiguous_rows(grad_out);
-  Tensor grad_query = new_empty_like(query), grad_key = new_empty_like(key), grad_value = new_empty_like(value);
-  Tensor grad_bias =
-      needs_bias_grad ? new_empty_like(*bias) : engine.new_empty(std::array<std::int64_t, 1>{0}, query.scalar_type());
+  const DType dtype = problem.query.dtype;
+  const Tensor grad_query = engine.empty(problem.query.size, dtype), grad_key = engine.empty(problem.key.size, dtype),
+               grad_value = engine.empty(problem.value.size, dtype);
+  const Tensor grad_bias = needs_bias_grad ? engine.empty(problem.bias->size, problem.bias->dtype)
+                                           : engine.empty(std::array<std::int64_t, 1>{0}, dtype);
   InputGradient gradient{.query = output<4>("grad_query", grad_query),
                          .key = output<4>("grad_key", grad_key),
                          .value = output<4>("grad_value", grad_value),
@@ -268,7 +296,7 @@ Tensor probabilities_on(const Tensor& query, const Tensor& key, const Tensor& ls
   const Problem problem =
       make_problem(engine, query, key, nullptr, mask, bias, end, survivors, scale, softcap, is_causal);
   const auto& [batch, query_len, heads, head_dim] = problem.query.size;
-  Tensor probs = engine.new_empty(std::array{batch, heads, query_len, problem.key.size[1]}, query.scalar_type());
+  const Tensor probs = engine.empty(std::array{batch, heads, query_len, problem.key.size[1]}, problem.query.dtype);
   engine.probabilities(problem, engine.template input<3>("lse", lse), output<4>("probs", probs));
   return probs;
 }
@@ -283,9 +311,9 @@ std::tuple<Tensor, Tensor> dynamic_mask_on(const Tensor& score, const std::optio
                          .query_len = query_len,
                          .is_causal = is_causal};
   const auto [chunks, slots] = Engine::survivors_size(mask);
-  Tensor end = engine.new_empty(mask.score.size, ScalarType::Int);
-  Tensor survivors =
-      engine.new_empty(std::array{mask.score.size[0], mask.score.size[1], chunks, slots}, ScalarType::Int);
+  const Tensor end = engine.empty(mask.score.size, DType::int32);
+  const Tensor survivors =
+      engine.empty(std::array{mask.score.size[0], mask.score.size[1], chunks, slots}, DType::int32);
   engine.make_dynamic_mask(mask, output<3>("end", end), output<4>("survivors", survivors));
   return {end, survivors};
 }
@@ -295,7 +323,7 @@ Tensor select_keys_on(const Tensor& score, const std::optional<Tensor>& visible,
                       bool is_causal) {
   const Engine engine("score", score);
   const View<4> score_view = engine.template input<4>("score", score);
-  Tensor selected = engine.new_empty(score_view.size, ScalarType::Bool);
+  const Tensor selected = engine.empty(score_view.size, DType::boolean);
   engine.select_keys(score_view, engine.template input<4>("visible", visible), keep_window_size, is_causal,
                      output<4>("selected", selected));
   return selected;
