@@ -573,7 +573,7 @@ TEST(wrong_products_are_seen) {
 }
 
 /// What programs do wrong at a barrier of one arrival.
-enum class Misuse { forgets_init, never_arrives, arrives_twice, reads_early, forgets_bulk, odd_bytes };
+enum class Misuse { forgets_init, forgets_fence, never_arrives, arrives_twice, reads_early, forgets_bulk, odd_bytes };
 template <Misuse kMisuse>
 struct OneBarrier : Warps<1> {
   static void run(const Params& params, char* shared) {
@@ -581,6 +581,7 @@ struct OneBarrier : Warps<1> {
     int* numbers = reinterpret_cast<int*>(shared);
     if (thread_index() > 0) return;
     if (kMisuse != Misuse::forgets_init) init(barrier, 1);
+    if (kMisuse == Misuse::forgets_fence) sync_block();
     if (kMisuse == Misuse::arrives_twice) {
       arrive_expecting(barrier, 16);
       arrive(barrier);
@@ -609,6 +610,7 @@ struct OneBarrier : Warps<1> {
   }
 };
 EMULATE(OneBarrier<Misuse::forgets_init>);
+EMULATE(OneBarrier<Misuse::forgets_fence>);
 EMULATE(OneBarrier<Misuse::never_arrives>);
 EMULATE(OneBarrier<Misuse::arrives_twice>);
 EMULATE(OneBarrier<Misuse::reads_early>);
@@ -624,6 +626,7 @@ TEST(misused_barriers_are_seen) {
     return thrown(stream, name.c_str(), 1, 32, {out, in});
   };
   CHECK_HAS(run("forgets_init"), "wait: at a Barrier without init");
+  CHECK_HAS(run("forgets_fence"), "is at barrier 0 between init and fence_barriers");
   CHECK_HAS(run("never_arrives"),
             "1 threads (thread 0 first) for parity 0 of the Barrier at byte 64 of shared memory (which lacks 1 of 1 "
             "arrivals and 0 bytes)");

@@ -80,6 +80,7 @@ void init_barrier(void* barrier, int arrivals) {
   const auto count = static_cast<u64>(arrivals);
   const State state = {.tag = kTag, .arrivals = count & 0xfff, .missing = count & 0xfff, .parity = 0, .bytes = 0};
   std::memcpy(barrier, &state, sizeof state);
+  self->barriers_are_fenced = false;
 }
 
 void arrive_at_barrier(const char* operation, void* barrier, int bytes) {

@@ -404,6 +404,7 @@ void meet_warpgroup(const char* operation, void* given, void (*work)(void* const
 }
 
 void meet_block(int id, int threads, bool waits) {
+  if (!self->barriers_are_fenced) fail("is at barrier %d between init and fence_barriers", id);
   NumberedBarrier& barrier = static_cast<RunningBlock*>(self->block)->numbered_barriers[id];
   if (barrier.arrived == 0)
     barrier.threads = threads;

@@ -1,5 +1,6 @@
 #include "products.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -10,7 +11,7 @@ namespace flash_dmattn::cuda::emulator {
 
 namespace {
 
-constexpr int kRows = 64, kDepth = 16, kThreads = 128;
+constexpr int kRows = 64, kDepth = 16, kThreads = 128, kMostColumns = 256;
 
 // Where thread t has its accumulators: c[i] is at this row and column.
 int row_of(int t, int i) { return t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8; }
@@ -43,43 +44,39 @@ void read_operand(u64 descriptor, int count, bool is_mn_major, u16* to, int k_st
   }
 }
 
-std::vector<u16> read_a(const Product& product) {
-  std::vector<u16> a(kRows * kDepth);
-  if (!product.a_in_registers) read_operand(product.a, kRows, product.a_is_mn_major, a.data(), 1, kDepth);
-  return a;
-}
-std::vector<u16> read_b(const Product& product) {
-  std::vector<u16> b(static_cast<std::size_t>(kDepth * product.columns));
-  read_operand(product.b, product.columns, product.b_is_mn_major, b.data(), product.columns, 1);
-  return b;
+void read_operands(const Product& product, u16* a, u16* b) {
+  if (!product.a_in_registers) read_operand(product.a, kRows, product.a_is_mn_major, a, 1, kDepth);
+  read_operand(product.b, product.columns, product.b_is_mn_major, b, product.columns, 1);
 }
 
 template <class T>
-void convert(const std::vector<u16>& before, const std::vector<u16>& now, float* numbers) {
-  for (std::size_t i = 0; i < now.size(); ++i) numbers[i] = to_float(T{now[i]});
-  if (before != now)
-    for (std::size_t i = 0; i < now.size(); ++i)
-      if (before[i] != now[i]) numbers[i] = NAN;
-}
-void convert(Number number, const std::vector<u16>& before, const std::vector<u16>& now, float* numbers) {
-  number == Number::bfloat16 ? convert<bfloat16>(before, now, numbers) : convert<float16>(before, now, numbers);
+void convert_as(const u16* before, const u16* now, int count, float* numbers) {
+  for (int i = 0; i < count; ++i) numbers[i] = before[i] == now[i] ? to_float(T{now[i]}) : NAN;
 }
 
 void execute(const Operation& operation) {
   const Product& product = operation.product;
   const int columns = product.columns;
-  float a[kRows * kDepth], b[kDepth * 256];
-  convert(product.number, operation.a, product.a_in_registers ? operation.a : read_a(product), a);
-  convert(product.number, operation.b, read_b(product), b);
+  u16 a_now[kRows * kDepth], b_now[kDepth * kMostColumns];
+  read_operands(product, a_now, b_now);
+  float a[kRows * kDepth], b[kDepth * kMostColumns];
+  const auto convert = product.number == Number::bfloat16 ? convert_as<bfloat16> : convert_as<float16>;
+  convert(operation.a, product.a_in_registers ? operation.a : a_now, kRows * kDepth, a);
+  convert(operation.b, b_now, kDepth * columns, b);
   float* const sums = operation.accumulators->sums.data();
   if (!product.add) std::fill_n(sums, kRows * columns, 0.0f);
-  constexpr int kPart = 16;  // columns; constant, so that the loops become vector instructions
-  for (int row = 0; row < kRows; ++row)
-    for (int column = 0; column < columns; column += kPart) {
-      float part[kPart] = {};
+  // Parts of a row that lie in vector registers; all of them are multiples of 16 columns.
+  using Vector [[gnu::vector_size(16)]] = float;
+  for (int column = 0; column < columns; column += 16)
+    for (int row = 0; row < kRows; ++row) {
+      Vector part[4] = {};
       for (int k = 0; k < kDepth; ++k)
-        for (int i = 0; i < kPart; ++i) part[i] += a[row * kDepth + k] * b[k * columns + column + i];
-      for (int i = 0; i < kPart; ++i) sums[row * columns + column + i] += part[i];
+        for (int i = 0; i < 4; ++i) {
+          Vector numbers;
+          std::memcpy(&numbers, b + k * columns + column + 4 * i, sizeof numbers);
+          part[i] += a[row * kDepth + k] * numbers;
+        }
+      for (int i = 0; i < 16; ++i) sums[row * columns + column + i] += part[i / 4][i % 4];
     }
 }
 
@@ -114,9 +111,11 @@ void multiply(const Product& product, float* c, const u32* a) {
 
   // The first of the threads starts the operation.
   const auto at = static_cast<std::size_t>(thread.products++ - warpgroup.executed);
-  if (at == warpgroup.operations.size())
-    warpgroup.operations.push_back(
-        {product, thread.product_groups, accumulators_at(warpgroup, t, c, columns), read_a(product), read_b(product)});
+  if (at == warpgroup.operations.size()) {
+    warpgroup.operations.push_back({product, thread.product_groups, accumulators_at(warpgroup, t, c, columns), {}, {}});
+    Operation& operation = warpgroup.operations.back();
+    read_operands(product, operation.a, operation.b);
+  }
   Operation& operation = warpgroup.operations[at];
   if (operation.product != product || operation.group != thread.product_groups)
     fail("multiply: not the same in all threads of the warpgroup");

@@ -33,7 +33,7 @@ struct Operation {
   Product product;
   int group;
   std::shared_ptr<Accumulators> accumulators;
-  std::vector<u16> a, b;  // 64 x 16, 16 x columns
+  u16 a[64 * 16], b[16 * 256];  // 64 x 16, 16 x columns
 };
 
 struct Warpgroup {

@@ -62,7 +62,7 @@ struct Thread {
   int bulk_groups = 0;
   i64 products = 0;  ///< issued
   int product_groups = 0;
-  bool products_are_fenced = false;
+  bool products_are_fenced = false, barriers_are_fenced = true;
   bool lands = false;  ///< woken to see to it that what it waits for lands
 
   int lane() const { return index % 32; }

@@ -10,7 +10,7 @@ struct alignas(8) Barrier {
 };
 
 inline void init(Barrier& barrier, int arrivals) { emulator::init_barrier(&barrier, arrivals); }
-inline void fence_barriers() {}
+inline void fence_barriers() { emulator::self->barriers_are_fenced = true; }
 
 inline void arrive(Barrier& barrier) { emulator::arrive_at_barrier("arrive", &barrier, 0); }
 inline void arrive_after_copies(Barrier& barrier) { emulator::arrive_at_barrier_after_copies(&barrier); }
