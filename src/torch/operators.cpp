@@ -8,12 +8,15 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "flash_dmattn/attention.h"
@@ -194,10 +197,7 @@ class Gpu : public OneDevice {
  public:
   Gpu(const char* name, const Tensor& first) : OneDevice(name, first, DeviceType::CUDA) {
     const int device = first.get_device_index();
-    stream_ = cuda::gpu_stream(device, current_stream(device), [this](std::size_t bytes) {
-      return memory_.emplace_back(empty(std::array{static_cast<std::int64_t>(bytes)}, DType::boolean))
-          .mutable_data_ptr();
-    });
+    stream_ = cuda::gpu_stream(device, current_stream(device), [this](std::size_t bytes) { return allocate(bytes); });
   }
   Gpu(const Gpu&) = delete;
 
@@ -223,8 +223,29 @@ class Gpu : public OneDevice {
   }
 
  private:
+  // A tensor takes as long to make as a kernel to launch: small arrays share one, unless each is to be alone for a
+  // memory checker, as torch's own are then.
+  std::byte* allocate(std::size_t bytes) {
+    static const std::size_t shared_bytes = std::getenv("PYTORCH_NO_CUDA_MEMORY_CACHING") ? 0 : std::size_t{1} << 18;
+    constexpr std::size_t kAlignment = 256;
+    if (bytes > shared_bytes / 4) return allocate_tensor(bytes);
+    bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    if (bytes > shared_left_) {
+      shared_ = allocate_tensor(shared_bytes);
+      shared_left_ = shared_bytes;
+    }
+    shared_left_ -= bytes;
+    return std::exchange(shared_, shared_ + bytes);
+  }
+  std::byte* allocate_tensor(std::size_t bytes) {
+    const Tensor& memory = memory_.emplace_back(empty(std::array{static_cast<std::int64_t>(bytes)}, DType::boolean));
+    return static_cast<std::byte*>(memory.mutable_data_ptr());
+  }
+
   std::unique_ptr<cuda::Stream> stream_;
   std::vector<Tensor> memory_;
+  std::byte* shared_ = nullptr;
+  std::size_t shared_left_ = 0;
 };
 
 Problem make_problem(const OneDevice& device, const Tensor& query, const Tensor& key, const Tensor* value,
