@@ -2,7 +2,8 @@
 //
 // The keys are the leaves of a tree. Up the tree, each node gets a sorted list of its best keys; down the tree, what
 // survives at its start: the w best of all keys before it. Inside a node of n keys only the n worst of the survivors
-// can be beaten, so lists shrink with the nodes, until one survivor meets one key: the worse of the two ends there.
+// can be beaten, so lists shrink with the nodes, until a thread walks over four keys: the worse of the worst survivor
+// and the key ends there.
 #pragma once
 #include "mask/dynamic_mask_params.cuh"
 #include "mask/merge.cuh"
@@ -32,7 +33,9 @@ struct SortKeys {
         ends[k * params.end.key] = params.end.is_causal && score[e] != kNoKey ? params.keys.count : params.end.never(k);
     }
     sync_block();
-    sort_own(now, next);
+    const int own = kEach * thread_index();
+    for (int e = 0; e < kEach; ++e) score[e] = now.score[own + e];
+    sort_own(score, own, next.from(own));
     swap(now, next);
     for (int run = kEach; run < kGroup; run *= 2) {
       if (run == kChunk && params.chunk_lists.exist())
@@ -42,28 +45,6 @@ struct SortKeys {
       swap(now, next);
     }
     store(now, first, params.group_lists, block);
-  }
-
-  /// This thread's keys, from the newest on, by exchanges of neighbours, which leave equal ones in order.
-  static void sort_own(List<Score, u16> in, List<Score, u16> out) {
-    const int first = thread_index() * kEach;
-    Score score[kEach];
-    int local[kEach];
-    for (int e = 0; e < kEach; ++e) {
-      local[e] = first + kEach - 1 - e;
-      score[e] = in.score[local[e]];
-    }
-    for (int round = 0; round < kEach; ++round)
-      for (int e = round % 2; e + 1 < kEach; e += 2)
-        if (score[e + 1] > score[e]) {
-          swap(score[e], score[e + 1]);
-          swap(local[e], local[e + 1]);
-        }
-    for (int e = 0; e < kEach; ++e) {
-      out.score[first + e] = score[e];
-      out.position[first + e] = static_cast<u16>(local[e]);
-    }
-    sync_writers<kEach>(2 * kEach);
   }
 
   static void store(List<Score, u16> list, int first, const Lists<Score>& lists, i64 index) {
@@ -129,73 +110,86 @@ struct FindEnds {
   using Score = typename Ranking<kType>::Score;
   using Params = FindEndsParams<Score>;
   static constexpr int kThreads = kFindThreads, kBlocksPerMultiprocessor = 4, kEach = kChunk / kThreads;
-  static_assert(kEach == 2);
+  static_assert(kEach == kShortestRun);
 
   static void run(const Params& params, char* shared) {
     const int block = block_index(), row = block / params.chunks, chunk = block % params.chunks;
     const int group = chunk / kChunksPerGroup, before = chunk % kChunksPerGroup, first = chunk * kChunk;
     const int keep = params.keep, capacity = least(keep, kGroup), slots = find_ends_slots(keep), t = thread_index();
 
-    // Shared memory: two lists of what survives, then the chunk's keys in sorted runs of 1, 2, 4, …. Where the runs
+    // Shared memory: two lists of what survives, then the chunk's keys in sorted runs of 4, 8, 16, …. Where the runs
     // will be are at first the lists of the chunks before it in its group.
     Score* score = reinterpret_cast<Score*>(shared);
     List<Score> now = {score, reinterpret_cast<int*>(score + 2 * slots + kRuns * kChunk)};
-    List<Score> next = now.from(slots), earlier = next.from(slots);
-    const List<Score, u16> runs = {earlier.score, reinterpret_cast<u16*>(earlier.position)};
+    List<Score> next = now.from(slots);
+    const List<Score> runs = next.from(slots), earlier = runs;
 
     const i64 row_group = static_cast<i64>(row) * params.groups + group;
     load_start<kThreads, true>(params.group_starts, row_group, now, capacity);
     const int size = params.chunk_lists.size;
     copy_in_background<kThreads>(params.chunk_lists.at(row_group * kChunksPerGroup), earlier, before * size);
     commit_copies();
-    Score own[kEach];
-    params.keys.template ranks<kType>(row, first + t, kThreads, own);
+    const int own = kEach * t;  // the first of this thread's keys in the chunk
+    Score own_score[kEach];
+    params.keys.template ranks<kType>(row, first + own, 1, own_score);
     int* const ends = params.end.row(row);
     wait_copies<0>();
     sync_block();
     for (int c = 0; c < before; ++c) {
-      for (int rank = 4 * t; rank < capacity; rank += 4 * kThreads)
-        merge_part<4>(now, capacity, earlier.from(c * size), size, next, rank, capacity);
+      for (int rank = kEach * t; rank < capacity; rank += kChunk)
+        merge_part<kEach>(now, capacity, earlier.from(c * size), size, next, rank, capacity);
       sync_block();
       swap(now, next);
     }
     if (params.survivors.data && chunk % params.survivors_every == 0)
       params.survivors.store(row, chunk / params.survivors_every, now.position, capacity, t, kThreads);
 
-    for (int e = 0; e < kEach; ++e) {
-      const int i = e * kThreads + t;
-      runs.score[i] = own[e];
-      runs.position[i] = static_cast<u16>(i);
-    }
-    sync_block();
+    sort_own(own_score, first + own, runs.from(own));
     int level = 0;
-    for (int run = 1; run < kChunk / 2; run *= 2, ++level)
+    for (int run = kEach; run < kChunk / 2; run *= 2, ++level)
       merge_runs<kEach>(runs.from(level * kChunk), runs.from((level + 1) * kChunk), run);
 
-    // What survives at the start of each node, as nodes are halved; each thread gives one entry to either half. A
-    // node's list is where its keys are in the chunk.
+    // What survives at the start of each node, as nodes are halved; each thread gives entries to either half. A node's
+    // list is where its keys are in the chunk.
     List<Score> survive = now.from(capacity - least(keep, kChunk));
-    for (int half = kChunk / 2; half > 0; half /= 2, --level) {
-      const int i = t & (half - 1), node = 2 * (t - i);
-      const int kept = least(keep, 2 * half), kept_by_half = least(keep, half), rank = kept - kept_by_half + i;
+    for (int half = kChunk / 2; half >= kEach; half /= 2, --level) {
+      const int i = own / 2 & (half - 1), node = own - 2 * i;
+      const int kept = least(keep, 2 * half), kept_by_half = least(keep, half), better = kept - kept_by_half;
       if (i < kept_by_half) {
-        const List<Score> older = survive.from(node), out = next.from(node + i);
-        const List<Score, u16> newer = runs.from(level * kChunk + node);
-        out.score[0] = older.score[rank];
-        out.position[0] = older.position[rank];
-        const int j = newer_before(older.score, kept, newer.score, half, rank);
-        const bool is_newer = j < half && newer.score[j] >= older.score[rank - j];
-        out.score[half] = is_newer ? newer.score[j] : older.score[rank - j];
-        out.position[half] = is_newer ? first + newer.position[j] : older.position[rank - j];
+        const List<Score> older = survive.from(node), newer = runs.from(level * kChunk + node), out = next.from(node);
+        for (int e = i; e < i + kEach / 2; ++e)
+          if (e < kept_by_half) {
+            out.score[e] = older.score[better + e];
+            out.position[e] = older.position[better + e];
+          }
+        merge_part<kEach / 2>(older, kept, newer, half, out.from(half - better), better + i, kept);
       }
       sync_writers<kEach>(2 * half);
       survive = next;
       swap(now, next);
     }
-    for (int i = kEach * t; i < kEach * (t + 1); ++i) {
-      const bool is_better = runs.score[i] >= survive.score[i];
-      if ((is_better ? survive.score[i] : runs.score[i]) != kNoKey)
-        ends[(is_better ? survive.position[i] : first + i) * params.end.key] = first + i;
+    walk(own_score, first + own, survive.from(own), least(keep, kEach), ends, params.end.key);
+  }
+
+  /// One key after the other against the worst of what survives, which is up to kEach keys.
+  static void walk(const Score (&own_score)[kEach], int first, List<Score> survive, int kept, int* ends, i64 end_key) {
+    Score score[kEach];
+    int position[kEach];
+    for (int i = 0; i < kEach; ++i) {
+      const int entry = i - (kEach - kept);
+      score[i] = entry < 0 ? ~Score{} : survive.score[entry];  // better than any
+      position[i] = entry < 0 ? -1 : survive.position[entry];
+    }
+    for (int e = 0; e < kEach; ++e) {
+      const Score own = own_score[e];
+      const bool is_better = own >= score[kEach - 1];
+      if ((is_better ? score[kEach - 1] : own) != kNoKey)
+        ends[(is_better ? position[kEach - 1] : first + e) * end_key] = first + e;
+      for (int i = kEach - 1; i >= 0; --i) {
+        const bool moves = i > 0 && own >= score[i > 0 ? i - 1 : 0], is_here = !moves && own >= score[i];
+        position[i] = moves ? position[i - 1] : is_here ? first + e : position[i];
+        score[i] = moves ? score[i - 1] : is_here ? own : score[i];
+      }
     }
   }
 };

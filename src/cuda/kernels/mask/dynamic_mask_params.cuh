@@ -111,7 +111,7 @@ struct ScanListsParams {
   int survivors_every;
   Lists<Score> scratch;  // two lists a node, where shared memory holds them not
 };
-constexpr int kScanThreads = 512, kSortThreads = 512, kFindThreads = kChunk / 2, kKeepThreads = 256;
+constexpr int kScanThreads = 512, kSortThreads = 512, kFindThreads = kChunk / 4, kKeepThreads = 256;
 
 /// Two lists of what survives, two of a child.
 constexpr i64 scan_shared_bytes(i64 capacity, i64 child_size, i64 score_bytes) {
@@ -130,12 +130,13 @@ struct FindEndsParams {
   Survivors survivors;  // where w <= kGroup
   int survivors_every;  // chunks
 };
-constexpr int kRuns = 9;  // runs of 1, 2, 4, … kChunk / 2 keys
+constexpr int kShortestRun = 4, kRuns = 7;  // runs of 4, 8, 16, … kChunk / 2 keys
+static_assert(kShortestRun << kRuns == kChunk);
 
 /// Entries of one of two buffers.
 constexpr int find_ends_slots(int keep) { return most(least(keep, kGroup), kChunk); }
 constexpr int find_ends_shared_bytes(int keep, int score_bytes) {
-  return 2 * find_ends_slots(keep) * (score_bytes + 4) + kRuns * kChunk * (score_bytes + 2);
+  return (2 * find_ends_slots(keep) + kRuns * kChunk) * (score_bytes + 4);
 }
 
 /// KeepBest, not causal: the keys of a row's list are seen by all queries. One block a row.

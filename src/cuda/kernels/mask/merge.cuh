@@ -15,16 +15,17 @@ void swap(T& a, T& b) {
   b = c;
 }
 
-/// How many of the first `rank` entries of the merged list are of the newer one. How many are left to look at does not
-/// depend on what they are: only scores are waited for.
+/// How many of the first `rank` entries of the merged list are of the newer one. Steps do not depend on what they find:
+/// only scores are waited for.
 template <class Score>
 int newer_before(const Score* older, int older_size, const Score* newer, int newer_size, int rank) {
   int found = most(0, rank - older_size);
-  for (int left = least(rank, newer_size) - found; left > 0;) {
-    const int step = (left + 1) >> 1;
-    if (newer[found + step - 1] >= older[rank - found - step]) found += step;
-    left -= step;
-  }
+  const int largest = least(rank, newer_size);
+  if (found < largest)
+    for (int step = 1 << (31 - leading_zeros(largest - found)); step > 0; step >>= 1) {
+      const int i = least(found + step, largest);
+      if (newer[i - 1] >= older[rank - i]) found = i;
+    }
   return found;
 }
 
@@ -63,9 +64,32 @@ void sync_writers(int entries) {
     sync_block();
 }
 
+/// This thread's keys, of positions from `first` on, as a sorted run: from the newest on, by exchanges of neighbours,
+/// which leave equal ones in order.
+template <int kEach, class Score, class Position>
+void sort_own(const Score (&own)[kEach], int first, List<Score, Position> out) {
+  Score score[kEach];
+  int position[kEach];
+  for (int e = 0; e < kEach; ++e) {
+    score[e] = own[kEach - 1 - e];
+    position[e] = first + kEach - 1 - e;
+  }
+  for (int round = 0; round < kEach; ++round)
+    for (int e = round % 2; e + 1 < kEach; e += 2)
+      if (score[e + 1] > score[e]) {
+        swap(score[e], score[e + 1]);
+        swap(position[e], position[e + 1]);
+      }
+  for (int e = 0; e < kEach; ++e) {
+    out.score[e] = score[e];
+    out.position[e] = static_cast<Position>(position[e]);
+  }
+  sync_writers<kEach>(2 * kEach);
+}
+
 /// Sorted runs of `run` entries into runs of twice as many; every thread makes kEach entries.
-template <int kEach, class Score>
-void merge_runs(List<Score, u16> in, List<Score, u16> out, int run) {
+template <int kEach, class Score, class Position>
+void merge_runs(List<Score, Position> in, List<Score, Position> out, int run) {
   const int at = thread_index() * kEach, rank = at & (2 * run - 1), first = at - rank;
   merge_part<kEach>(in.from(first), run, in.from(first + run), run, out.from(first), rank, rank + kEach);
   sync_writers<kEach>(4 * run);
