@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "cuda/launch/forward_sm90.h"
 #include "cuda/launch/kernel_list.h"
 #include "cuda/launch/options.h"
 #include "cuda/launch/plan.h"
@@ -85,7 +86,8 @@ void forward(const Problem& problem, const Output& output, Stream& stream) {
   check(problem);
   check(problem, output);
   if (problem.query.size[0] == 0 || problem.query.size[1] == 0) return;
-  stream.together([&] { launch(problem, output, stream); });
+  const auto launch_family = takes_hopper_forward(problem, stream) ? hopper_forward : launch;
+  stream.together([&] { launch_family(problem, output, stream); });
 }
 
 void list_forward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {

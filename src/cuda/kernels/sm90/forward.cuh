@@ -35,10 +35,10 @@ struct HopperForward {
   };
   /// A tile of rows, and how many tiles of keys it sees.
   struct Work {
-    int b, unit, run;
-    int tiles;   // -1: there is no more work
-    int tested;  // the first that needs a test
-    int whole;   // the first that is not full
+    int b = 0, unit = 0, run = 0;
+    int tiles = -1;  // -1: there is no more work
+    int tested = 0;  // the first that needs a test
+    int whole = 0;   // how many have no entries beyond the end of the list
   };
   /// The picture of shared memory.
   struct Shared {
@@ -117,7 +117,7 @@ struct HopperForward {
         const KeyList list = scores.plan.list(scores.shape, place.b, place.unit, place.run);
         copy(place, list, works++);
       }
-      announce({.tiles = -1}, works);
+      announce(Work{}, works);
       arrive_after_copies(shared.query_full);
     }
 
@@ -360,8 +360,7 @@ struct HopperForward {
         if (sum == 0 || params.scores.plan.is_hidden(place.b, place.unit, q)) scale = sum = 0;
         if (lane() % 4 == 0)
           *params.lse.at(place.b, h, q) = natural_lse(softmax.finite_reference(0, half) * softmax.factor, sum);
-        u32* const to = params.out.template at<u32>(place.b, 0, 0) +
-                        (q * params.out.position + h * params.out.head) / 2 + lane() % 4;
+        u32* const to = reinterpret_cast<u32*>(params.out.template at<u16>(place.b, q, h)) + lane() % 4;
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n)
           if (kDim == kOptions.head_dim || n < kChunks)

@@ -20,7 +20,7 @@ struct HopperForwardConfig {
   int stages;          ///< tiles of keys in shared memory
   int registers;       ///< of a thread that computes
   int copy_registers;  ///< of one that copies
-  int shared_bytes;
+  int shared_bytes = 0;
 
   constexpr int consumers() const { return rows / 64; }
   constexpr int threads() const { return (consumers() + 1) * 128; }
@@ -35,9 +35,7 @@ constexpr int hopper_test_words(Test test) { return test == Test::interval ? 1 :
 /// rows take fewer bytes of keys for each product, and leave fewer registers.
 constexpr HopperForwardConfig hopper_forward_config(int head_dim, Test test) {
   const auto make = [&](int dim, int rows, int keys, int stages) {
-    HopperForwardConfig config{.head_dim = head_dim, .dim = dim, .rows = rows, .keys = keys, .stages = stages};
-    config.registers = rows == 192 ? 160 : 232;
-    config.copy_registers = rows == 192 ? 32 : 40;
+    HopperForwardConfig config{head_dim, dim, rows, keys, stages, rows == 192 ? 160 : 232, rows == 192 ? 32 : 40};
     const int tiles = (rows + 2 * stages * keys) * config.panels() * 128;
     const int numbers = stages * keys * (2 + hopper_test_words(test)) * 4,
               others = (2 + 4 * stages) * 8 + 2 * 24 + 12 * 4;

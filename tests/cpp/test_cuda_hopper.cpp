@@ -1,0 +1,140 @@
+// Hopper's own kernels on emulated GPUs, against float64 loops: what is special about them. test_cuda_attention.cpp
+// draws from all that a problem can be.
+#include <algorithm>
+
+#include "check.h"
+#include "emulator.h"
+#include "flash_dmattn/cuda.h"
+#include "flash_dmattn/cuda_kernels.h"
+#include "mask/plan_bits.cuh"
+#include "random_inputs.h"
+#include "sm90/forward.cuh"
+
+namespace flash_dmattn::cuda {
+namespace {
+
+#define FORWARD(...) EMULATE(HopperForward<HopperForwardOptions{__VA_ARGS__}>)
+FORWARD(64, Number::bfloat16, Test::interval, BiasKind::none, false);
+FORWARD(64, Number::bfloat16, Test::interval, BiasKind::per_key, false);
+FORWARD(64, Number::bfloat16, Test::interval, BiasKind::full, false);
+FORWARD(64, Number::bfloat16, Test::bits, BiasKind::none, false);
+FORWARD(8, Number::float16, Test::interval, BiasKind::per_key, true);
+FORWARD(96, Number::bfloat16, Test::interval, BiasKind::none, false);
+FORWARD(128, Number::float16, Test::interval, BiasKind::per_key, false);
+FORWARD(168, Number::bfloat16, Test::interval, BiasKind::none, false);
+FORWARD(256, Number::float16, Test::interval, BiasKind::none, false);
+
+using namespace test;
+
+struct Results {
+  Tensor<4> out;
+  Tensor<3> lse;
+};
+
+Results run(const Inputs& in, EmulatedStream& stream) {
+  Results r{{in.query.dtype, in.query.size}, {DType::float32, {in.query.size[0], in.query.size[2], in.query.size[1]}}};
+  r.out.fill([] { return kNaN; });
+  set_family(Family::hopper);
+  forward(in.problem(), {r.out, r.lse}, stream);
+  set_family(Family::automatic);
+  const bool is_hopper = std::any_of(stream.launched().begin(), stream.launched().end(),
+                                     [](const std::string& name) { return name.rfind("HopperForward", 0) == 0; });
+  CHECK_EQUAL(is_hopper, in.scale >= 0);
+  return r;
+}
+
+void check_forward(const Inputs& in, int multiprocessors = 1) {
+  EmulatedStream stream(90, multiprocessors);
+  const Results got = run(in, stream);
+  const test::Results expected = attention(in);
+  const double tolerance = in.query.dtype == DType::float16 ? 4e-3 : 3e-2;
+  const double off = difference(got.out, expected.out) / tolerance,
+               lse_off = difference(got.lse, expected.lse) / (1e-3 * std::max(1.0, largest(expected.lse)));
+  Context context("out is off by " + std::to_string(off) + " tolerances, lse by " + std::to_string(lse_off));
+  CHECK(off <= 1);
+  CHECK(lse_off <= 1);
+}
+
+// Blocks that take several tiles of rows, and tiles of rows that take several rounds of the stages.
+TEST(hopper_forward_of_spans) {
+  Random random(1);
+  for (const bool is_causal : {false, true})
+    for (const Sizes& n : {Sizes{2, 200, 200, 2, 2, 64}, Sizes{1, 130, 77, 4, 2, 64}, Sizes{1, 450, 900, 6, 2, 64}})
+      for (const int multiprocessors : {1, 2, 40})
+        check_forward(test::make_inputs(random, n, DType::bfloat16, is_causal), multiprocessors);
+}
+
+TEST(hopper_forward_of_head_dims) {
+  Random random(2);
+  for (const std::int64_t D : {5, 90, 96, 128, 168, 250}) {
+    const bool is_float16 = D == 5 || D == 128 || D == 250;
+    Inputs in = test::make_inputs(random, {1, 210, 300, 2, 1, D}, is_float16 ? DType::float16 : DType::bfloat16, true);
+    if (D == 5) in.softcap = 3;
+    if (D == 5 || D == 128) in.bias = normal(random, DType::float16, {1, 2, 1, 300});
+    Context context("head dim " + std::to_string(D));
+    check_forward(in);
+  }
+}
+
+TEST(hopper_forward_follows_the_maximum) {
+  Random random(3);
+  for (const double slope : {0.5, -0.5, 0.05}) {
+    Inputs in = test::make_inputs(random, {1, 200, 500, 2, 1, 64}, DType::bfloat16, true);
+    in.bias.emplace(DType::float32, Index<4>{1, 1, 1, 500});
+    in.bias->for_each([&](const Index<4>& i) { in.bias->set(i, slope * i[3]); });
+    check_forward(in);
+  }
+}
+
+TEST(hopper_forward_of_rows_that_see_nothing) {
+  Random random(5);
+  Inputs in = test::make_inputs(random, {1, 140, 140, 2, 1, 64}, DType::bfloat16, true);
+  in.bias = normal(random, DType::float32, {1, 1, 1, 140});
+  in.bias->for_each([&](const Index<4>& i) {
+    if (i[3] < 20 || i[3] % 2 == 0) in.bias->set(i, -kInfinity);
+  });
+  check_forward(in);
+  in.bias->fill([] { return -kInfinity; });
+  check_forward(in);
+  in.bias.reset();
+  in.mask.emplace(DType::boolean, Index<4>{1, 1, 140, 1});
+  in.mask->fill([&] { return random.chance(0.7); });
+  check_forward(in);
+  // More queries than keys, of which whole tiles of rows see none.
+  check_forward(test::make_inputs(random, {1, 500, 30, 2, 1, 64}, DType::bfloat16, true));
+  check_forward(test::make_inputs(random, {1, 70, 0, 2, 1, 64}, DType::bfloat16, true));
+}
+
+// Heads share a mask by ones, twos and threes: the bits of a warp's rows begin anywhere in a word.
+TEST(hopper_forward_of_dense_masks) {
+  Random random(10);
+  for (const std::int64_t group : {1, 2, 3}) {
+    Inputs in = test::make_inputs(random, {1, 250, 270, 2 * group, 2, 64}, DType::bfloat16, true);
+    in.mask.emplace(DType::boolean, Index<4>{1, 2, 250, 270});
+    in.mask->fill([&] { return random.chance(0.4); });
+    check_forward(in);
+  }
+}
+
+TEST(hopper_forward_of_full_biases) {
+  Random random(11);
+  for (const std::int64_t K : {300, 301}) {
+    Inputs in = test::make_inputs(random, {1, 250, K, 4, 2, 64}, DType::bfloat16, false);
+    in.bias = normal(random, DType::bfloat16, {1, 4, 250, K});
+    check_forward(in);
+    in.is_causal = true;
+    check_forward(in);
+  }
+}
+
+TEST(hopper_forward_leaves_negative_scales_to_the_generic_one) {
+  Random random(12);
+  Inputs in = test::make_inputs(random, {1, 250, 250, 1, 1, 64}, DType::bfloat16, false);
+  for (const double scale : {0.0, 1e-40, -0.2}) {
+    in.scale = scale;
+    check_forward(in);
+  }
+}
+
+}  // namespace
+}  // namespace flash_dmattn::cuda
