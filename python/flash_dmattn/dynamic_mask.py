@@ -8,10 +8,11 @@ from torch import Tensor
 from . import checks, operators
 
 
-def _where_masks_are_made(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _where_masks_are_made(score: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Without kernels of its own, a GPU has its masks made by the CPU."""
-    missing = any(tensor is not None and tensor.is_cuda for tensor in tensors) and operators.CUDA_MISSING
-    return tuple(None if tensor is None else tensor.cpu() for tensor in tensors) if missing else tensors
+    if score.is_cuda and operators.CUDA_MISSING:
+        return score.cpu(), None if visible is None else visible.cpu()
+    return score, visible
 
 
 def select_keys(score: Tensor, visible: Tensor | None, keep_window_size: int, is_causal: bool) -> Tensor:

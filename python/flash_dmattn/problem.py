@@ -138,23 +138,34 @@ def _best_keys(
     score: Tensor, mask: Tensor | None, keep_window_size: int, query_len: int, key_len: int, is_causal: bool
 ) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
     """A mask, or (end, survivors), of the keep_window_size best-scored keys that mask and causality leave visible."""
+    if score.size(2) == 1 and (mask is None or mask.size(2) == 1):
+        return None, _best_keys_of_all(score, mask, keep_window_size, query_len, key_len, is_causal)
     if mask is not None:
         score, mask = _broadcast(score, mask)
-    if score.size(2) == 1:
-        # Scores and visibility belong to the key alone. Heads are batches here, for a padding of their own.
-        batch, heads = score.shape[:2]
-        score = score.expand(-1, -1, -1, key_len).reshape(batch * heads, 1, key_len)
-        if mask is not None:
-            mask = mask.expand(-1, -1, -1, key_len).reshape(batch * heads, key_len)
-        dynamic = DynamicMask.from_score(
-            score, keep_window_size, is_causal=is_causal, query_len=query_len, key_padding_mask=mask
-        )
-        end, survivors = (x.view(batch, heads, *x.shape[2:]) for x in (dynamic.end, dynamic.survivors))
-        return None, (end, survivors)
-    score = score.expand(-1, -1, query_len, key_len)
-    if mask is not None:
         mask = mask.expand(-1, -1, query_len, key_len)
-    return select_keys(score, mask, keep_window_size, is_causal), None
+    return select_keys(score.expand(-1, -1, query_len, key_len), mask, keep_window_size, is_causal), None
+
+
+def _best_keys_of_all(
+    score: Tensor, mask: Tensor | None, keep_window_size: int, query_len: int, key_len: int, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`_best_keys` of scores and visibility that belong to the key alone: (B, heads, 1, 1 | K)."""
+    if mask is not None and (mask.size(1) > 1 or mask.size(0) > score.size(0)):
+        # Heads become batches, which have a padding of their own.
+        score, mask = _broadcast(score, mask)
+        batch, heads, *lengths = score.shape
+        score, mask = (x.reshape(batch * heads, 1, *lengths) for x in (score, mask))
+        made = _best_keys_of_all(score, mask, keep_window_size, query_len, key_len, is_causal)
+        end, survivors = (x.view(batch, heads, *x.shape[2:]) for x in made)
+        return end, survivors
+    dynamic = DynamicMask.from_score(
+        score.squeeze(2).expand(-1, -1, key_len),
+        keep_window_size,
+        is_causal=is_causal,
+        query_len=query_len,
+        key_padding_mask=None if mask is None else mask.squeeze((1, 2)).expand(-1, key_len),
+    )
+    return dynamic.end, dynamic.survivors
 
 
 def _broadcast(score: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
