@@ -226,7 +226,7 @@ class Gpu : public OneDevice {
   // A tensor takes as long to make as a kernel to launch: small arrays share one, unless each is to be alone for a
   // memory checker, as torch's own are then.
   std::byte* allocate(std::size_t bytes) {
-    static const std::size_t shared_bytes = std::getenv("PYTORCH_NO_CUDA_MEMORY_CACHING") ? 0 : std::size_t{1} << 18;
+    static const std::size_t shared_bytes = std::getenv("PYTORCH_NO_CUDA_MEMORY_CACHING") ? 0 : std::size_t{1} << 20;
     constexpr std::size_t kAlignment = 256;
     if (bytes > shared_bytes / 4) return allocate_tensor(bytes);
     bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
