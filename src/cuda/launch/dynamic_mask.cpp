@@ -83,7 +83,7 @@ class DynamicMaskMaker {
 
   void make() {
     Lists<Score> chunk_lists{};
-    if (end_.is_causal) chunk_lists = lists(levels_[0].nodes * kChunksPerGroup, kChunk);
+    if (end_.is_causal) chunk_lists = best_lists(levels_[0].nodes * kChunksPerGroup, kChunk);
     stream_.launch(scored(kHeader, "SortKeys", type_), grid(levels_[0].nodes), kSortThreads, sizeof(SortBuffers<Score>),
                    SortKeysParams<Score>{keys_, groups(), chunk_lists, levels_[0].best, end_});
     for (std::size_t i = 1; i < levels_.size(); ++i)
@@ -115,13 +115,18 @@ class DynamicMaskMaker {
   int groups() const { return static_cast<int>(levels_[0].nodes); }
   Grid grid(std::int64_t blocks_of_row) const { return {static_cast<unsigned>(rows_ * blocks_of_row)}; }
 
-  Lists<Score> lists(std::int64_t count_of_row, std::int64_t keys) const {
-    const std::int64_t size = std::min(keep_, keys), entries = rows_ * count_of_row * size;
+  /// The best of that many keys.
+  Lists<Score> best_lists(std::int64_t count_of_row, std::int64_t keys) const {
+    return lists(count_of_row, std::min(keep_, keys));
+  }
+  Lists<Score> lists(std::int64_t count_of_row, std::int64_t size) const {
+    const std::int64_t entries = rows_ * count_of_row * size;
     Score* score = static_cast<Score*>(stream_.allocate(static_cast<std::size_t>(entries) * (sizeof(Score) + 4)));
     return {{score, reinterpret_cast<int*>(score + entries)}, static_cast<int>(size)};
   }
   Level<Score> level(std::int64_t length, std::int64_t nodes) const {
-    return {length, nodes, lists(nodes, length), end_.is_causal && nodes > 1 ? lists(nodes, length) : Lists<Score>{}};
+    return {length, nodes, best_lists(nodes, length),
+            end_.is_causal && nodes > 1 ? best_lists(nodes, length) : Lists<Score>{}};
   }
 
   /// One block a node takes its children in turn. Writes what survives at their starts, or the node's best.
@@ -138,7 +143,7 @@ class DynamicMaskMaker {
                                node_starts, writes_starts ? children.starts : Lists<Score>{}, best,
                                writes_survivors ? survivors_ : Survivors{},
                                static_cast<int>(std::max<std::int64_t>(chunk_ / children.length, 1)),
-                               in_shared ? Lists<Score>{} : lists(2 * nodes, capacity)});
+                               in_shared ? Lists<Score>{} : lists(2 * nodes, list_slots(capacity))});
   }
 
   Keys keys_;

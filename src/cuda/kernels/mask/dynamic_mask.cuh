@@ -60,7 +60,7 @@ struct SortKeys {
 template <class Score, bool kInShared>
 struct ScanLists {
   using Params = ScanListsParams<Score>;
-  static constexpr int kThreads = kScanThreads, kBlocksPerMultiprocessor = 1, kEach = 2;
+  static constexpr int kThreads = kScanThreads, kBlocksPerMultiprocessor = 2, kEach = 4;
 
   static void run(const Params& params, char* shared) {
     const int node = block_index(), row = node / params.nodes_in_row;
@@ -71,12 +71,13 @@ struct ScanLists {
     List<Score> now, next, copies;
     if constexpr (kInShared) {
       Score* score = reinterpret_cast<Score*>(shared);
-      now = {score, reinterpret_cast<int*>(score + 2 * (capacity + size))};
-      next = now.from(capacity);
-      copies = next.from(capacity);
+      const i64 slots = list_slots(capacity);
+      now = {score, reinterpret_cast<int*>(score + 2 * (slots + list_slots(size)))};
+      next = now.from(slots);
+      copies = next.from(slots);
     } else {
       now = params.scratch.at(2 * static_cast<i64>(node));
-      next = now.from(capacity);
+      next = params.scratch.at(2 * static_cast<i64>(node) + 1);
     }
     const auto child_list = [&](int child) { return params.children.at(row_children + child); };
     const auto fetch = [&](int child) {

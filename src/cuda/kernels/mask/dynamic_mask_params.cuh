@@ -111,11 +111,14 @@ struct ScanListsParams {
   int survivors_every;
   Lists<Score> scratch;  // two lists a node, where shared memory holds them not
 };
-constexpr int kScanThreads = 512, kSortThreads = 512, kFindThreads = kChunk / 4, kKeepThreads = 256;
+constexpr int kScanThreads = 256, kSortThreads = 512, kFindThreads = kChunk / 4, kKeepThreads = 256;
+
+/// Room for a list of that many entries: threads write four together.
+constexpr i64 list_slots(i64 entries) { return (entries + 3) / 4 * 4; }
 
 /// Two lists of what survives, two of a child.
 constexpr i64 scan_shared_bytes(i64 capacity, i64 child_size, i64 score_bytes) {
-  return 2 * (capacity + child_size) * (score_bytes + 4);
+  return 2 * (list_slots(capacity) + list_slots(child_size)) * (score_bytes + 4);
 }
 
 /// FindEnds: one block a chunk.
@@ -134,7 +137,7 @@ constexpr int kShortestRun = 4, kRuns = 7;  // runs of 4, 8, 16, … kChunk / 2 
 static_assert(kShortestRun << kRuns == kChunk);
 
 /// Entries of one of two buffers.
-constexpr int find_ends_slots(int keep) { return most(least(keep, kGroup), kChunk); }
+constexpr int find_ends_slots(int keep) { return static_cast<int>(list_slots(most(least(keep, kGroup), kChunk))); }
 constexpr int find_ends_shared_bytes(int keep, int score_bytes) {
   return (2 * find_ends_slots(keep) + kRuns * kChunk) * (score_bytes + 4);
 }

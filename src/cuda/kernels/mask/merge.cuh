@@ -29,7 +29,18 @@ int newer_before(const Score* older, int older_size, const Score* newer, int new
   return found;
 }
 
-/// Entries [rank, rank + kEach) of the merged list, as far as they are before `end`, to the same places of `out`.
+/// kCount neighbours at once, which is kind to shared memory's banks. `to` is a multiple of their size.
+template <int kCount, class T>
+void store_together(const T (&from)[kCount], T* to) {
+  struct alignas(kCount * sizeof(T)) Together {
+    T each[kCount];
+  } together;
+  for (int e = 0; e < kCount; ++e) together.each[e] = from[e];
+  *reinterpret_cast<Together*>(to) = together;
+}
+
+/// Entries [rank, rank + kEach) of the merged list to the same places of `out`, which are aligned to kEach entries, and
+/// are there even where the list has an `end` before them.
 template <int kEach, class Score, class Position>
 void merge_part(List<Score, Position> older, int older_size, List<Score, Position> newer, int newer_size,
                 List<Score, Position> out, int rank, int end) {
@@ -45,13 +56,9 @@ void merge_part(List<Score, Position> older, int older_size, List<Score, Positio
     i += !is_newer;
   }
   Position found[kEach];
-  for (int e = 0; e < kEach; ++e)
-    if (rank + e < end) found[e] = *position[e];
-  for (int e = 0; e < kEach; ++e)
-    if (rank + e < end) {
-      out.score[rank + e] = score[e];
-      out.position[rank + e] = found[e];
-    }
+  for (int e = 0; e < kEach; ++e) found[e] = rank + e < end ? *position[e] : Position{};
+  store_together(score, out.score + rank);
+  store_together(found, out.position + rank);
 }
 
 /// After each thread has written kEach consecutive entries: those who will read any of the same `entries` (a power of
@@ -69,10 +76,10 @@ void sync_writers(int entries) {
 template <int kEach, class Score, class Position>
 void sort_own(const Score (&own)[kEach], int first, List<Score, Position> out) {
   Score score[kEach];
-  int position[kEach];
+  Position position[kEach];
   for (int e = 0; e < kEach; ++e) {
     score[e] = own[kEach - 1 - e];
-    position[e] = first + kEach - 1 - e;
+    position[e] = static_cast<Position>(first + kEach - 1 - e);
   }
   for (int round = 0; round < kEach; ++round)
     for (int e = round % 2; e + 1 < kEach; e += 2)
@@ -80,10 +87,8 @@ void sort_own(const Score (&own)[kEach], int first, List<Score, Position> out) {
         swap(score[e], score[e + 1]);
         swap(position[e], position[e + 1]);
       }
-  for (int e = 0; e < kEach; ++e) {
-    out.score[e] = score[e];
-    out.position[e] = static_cast<Position>(position[e]);
-  }
+  store_together(score, out.score);
+  store_together(position, out.position);
   sync_writers<kEach>(2 * kEach);
 }
 
