@@ -14,6 +14,11 @@
 #include "sm80/backward_params.cuh"
 
 namespace flash_dmattn::cuda {
+
+static std::string text(const QueryTile& t) {
+  return options_text("QueryTile", t.rows, t.warps, t.column_groups, t.row_tiles, t.pairs);
+}
+
 namespace {
 
 constexpr const char* kRowsHeader = "sm80/backward_rows.cuh";
@@ -26,7 +31,7 @@ Kernel kernel(const BackwardOptions& o) {
 }
 Kernel kernel(const QueryGradientOptions& o) {
   return {kRowsHeader,
-          "WriteQueryGradient<" + options_text("QueryGradientOptions", o.arch, o.head_dim, o.number) + ">"};
+          "WriteQueryGradient<" + options_text("QueryGradientOptions", o.head_dim, o.number, o.tile) + ">"};
 }
 Kernel rows_kernel(const char* name, Number number) {
   return {kRowsHeader, std::string(name) + "<" + text(number) + ">"};
@@ -79,13 +84,13 @@ class Pass {
                  .bias = bias_.kind,
                  .softcap = problem.softcap > 0,
                  .deterministic = deterministic},
-        config_(backward_config(options_.arch, options_.head_dim, options_.bias)),
+        blocks_(backward_config(options_.arch, options_.head_dim, options_.bias).blocks()),
         shape_(make_shape(problem, kMostPack)) {
     if (bias_.per_query_head || (deterministic && bias_.is_shared)) shape_.pack = 1;
     shape_.head_dim = options_.head_dim;
     run_ = backward_run(shape_.pack);
     runs_ = divide_up(shape_.query_len, run_);
-    row_tiles_ = static_cast<i64>(shape_.batch) * shape_.units() * runs_ * (run_ * shape_.pack / config_.rows);
+    row_tiles_ = static_cast<i64>(shape_.batch) * shape_.units() * runs_ * (run_ * shape_.pack / blocks_.tiles.rows);
   }
 
   void run() {
@@ -101,8 +106,8 @@ class Pass {
   static constexpr int kMostPack = 64;
 
   void allocate_sums() {
-    const i64 query = row_tiles_ * config_.dq_size();
-    const i64 key = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads * config_.padded_dim();
+    const i64 query = row_tiles_ * blocks_.query_tile.size();
+    const i64 key = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads * blocks_.tiles.dim;
     i64 bias = 0;
     if (bias_.gradient) {
       const View<4>& gradient = *bias_.gradient;
@@ -124,7 +129,7 @@ class Pass {
   }
 
   void read_rows() {
-    const i64 rows = row_tiles_ * config_.rows;
+    const i64 rows = row_tiles_ * blocks_.tiles.rows;
     lse_ = stream_.allocate_array<float>(static_cast<std::size_t>(2 * rows));
     delta_ = lse_ + rows;
     grad_out_ = aligned_input(output_gradient_.out, stream_);
@@ -170,7 +175,7 @@ class Pass {
                           .key = 1,
                           .heads_per_head = static_cast<int>(shape_.heads / size[1])};
     }
-    params.key_tiles = static_cast<int>((made.longest + config_.keys - 1) / config_.keys);
+    params.key_tiles = static_cast<int>((made.longest + blocks_.tiles.keys - 1) / blocks_.tiles.keys);
     params.inverse_pack = static_cast<u32>((1 << 20) / shape_.pack + 1);
     params.group = kGroup;
 
@@ -201,8 +206,8 @@ class Pass {
       stream_.zero(params.ticket, count * sizeof(int));
     }
     const i64 groups = divide_up_wide(lists, params.group);
-    stream_.launch(kernel(options_), {static_cast<unsigned>(groups * params.group * params.key_tiles)},
-                   config_.threads(), config_.shared_bytes, params);
+    stream_.launch(kernel(options_), {static_cast<unsigned>(groups * params.group * params.key_tiles)}, blocks_.threads,
+                   blocks_.shared_bytes, params);
   }
 
   void write_gradients() {
@@ -210,16 +215,16 @@ class Pass {
     const Rows query = aligned_output(input_gradient_.query, stream_),
                key = aligned_output(input_gradient_.key, stream_),
                value = aligned_output(input_gradient_.value, stream_);
-    stream_.launch(kernel(QueryGradientOptions{options_.arch, options_.head_dim, options_.number}),
-                   {static_cast<unsigned>(row_tiles_)}, kRowThreads,
-                   query_gradient_shared_bytes(options_.arch, options_.head_dim),
+    const QueryGradientOptions query_options{options_.head_dim, options_.number, blocks_.query_tile};
+    stream_.launch(kernel(query_options), {static_cast<unsigned>(row_tiles_)}, kRowThreads,
+                   query_gradient_shared_bytes(query_options),
                    QueryGradientParams{
                        .shape = shape_, .run = run_, .runs = runs_, .sums = grad_query_, .out = query, .scale = scale});
     const i64 keys = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads;
-    stream_.launch(rows_kernel("WriteKeyGradients", options_.number), {blocks_of(keys * config_.pairs())}, kRowThreads,
-                   0,
+    stream_.launch(rows_kernel("WriteKeyGradients", options_.number), {blocks_of(keys * blocks_.tiles.dim / 16)},
+                   kRowThreads, 0,
                    KeyGradientsParams{.shape = shape_,
-                                      .padded_dim = config_.padded_dim(),
+                                      .padded_dim = blocks_.tiles.dim,
                                       .grad_key = grad_key_,
                                       .grad_value = grad_value_,
                                       .key_out = key,
@@ -278,7 +283,7 @@ class Pass {
   const BiasPass bias_;
   Stream& stream_;
   const BackwardOptions options_;
-  const BackwardConfig config_;
+  const BackwardBlocks blocks_;
   Shape shape_;
   int run_, runs_;
   i64 row_tiles_;  ///< tiles of rows of all runs
@@ -303,8 +308,9 @@ void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>
     for (const char* name : {"BackwardRows", "WriteKeyGradients", "WriteBiasGradient", "WriteRowBiasGradient"})
       kernels.push_back({rows_kernel(name, number), {selection.arch, static_cast<int>(number)}});
     for (const int head_dim : selection.head_dims) {
-      kernels.push_back({kernel(QueryGradientOptions{selection.arch, head_dim, number}),
-                         {selection.arch, head_dim, static_cast<int>(number)}});
+      const QueryTile tile = backward_config(selection.arch, head_dim).query_tile();
+      kernels.push_back(
+          {kernel(QueryGradientOptions{head_dim, number, tile}), {selection.arch, head_dim, static_cast<int>(number)}});
       for (const Test test : {Test::interval, Test::bits})
         for (const BiasKind bias : {BiasKind::none, BiasKind::per_key, BiasKind::full})
           for (const bool softcap : {false, true})

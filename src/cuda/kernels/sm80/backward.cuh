@@ -1,9 +1,6 @@
-// The backward pass on mma.sync: a block has one tile of keys of the list of a run of query positions, and goes over
-// the run's rows, a tile at a time. Scores are transposed, keys x rows: a key's bias, its test and its bias gradient
-// belong to a row of the accumulators, and P^T and dS^T are operands of dV += P^T dO and dK += dS^T Q as they are.
-//     P = exp(S - lse),  dP = dO V^T,  dS = P (dP - delta),  dBias += dS,  dQ += dS K
+// The backward pass on mma.sync.
 #pragma once
-#include "attention/softmax.cuh"
+#include "attention/backward_block.cuh"
 #include "ptx/block.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
@@ -14,10 +11,15 @@
 
 namespace flash_dmattn::cuda {
 
+constexpr BackwardConfig config_of(const BackwardOptions& options) {
+  return backward_config(options.arch, options.head_dim, options.bias);
+}
+
 template <BackwardOptions kOptions>
-struct Backward {
-  static constexpr BackwardConfig kConfig = backward_config(kOptions.arch, kOptions.head_dim, kOptions.bias);
+struct Backward : BackwardBlock<kOptions, config_of(kOptions).tiles(), config_of(kOptions).threads()> {
+  static constexpr BackwardConfig kConfig = config_of(kOptions);
   static constexpr int kThreads = kConfig.threads(), kBlocksPerMultiprocessor = 1;
+  using Block = BackwardBlock<kOptions, kConfig.tiles(), kThreads>;
   using Params = BackwardParams;
 
   static void run(const Params& params, char* memory) {
@@ -26,16 +28,15 @@ struct Backward {
   }
 
  private:
-  static constexpr int kKeys = kConfig.keys, kRows = kConfig.rows, kStages = kConfig.stages, kSplit = kConfig.split;
+  using Block::add_key_gradients, Block::differentiate_softmax, Block::exponentiate, Block::find_row_tiles;
+  using Block::grad_key, Block::grad_value, Block::lane, Block::numbers, Block::params, Block::thread, Block::warp;
+  using Block::is_tested, Block::query_turn, Block::read_keys, Block::row_at, Block::row_tile, Block::wait_for;
+  using Block::kColumnTiles, Block::kDim, Block::kKeyGroups, Block::kKeys, Block::kOwnPairs, Block::kPairs;
+  using Block::kPartRows, Block::kRows, Block::kSplit, Block::kStages;
+  using Block::warp_key, Block::warp_part, Block::work;
+  using typename Block::Row, typename Block::Scores, typename Block::Sums, typename Block::T;
   static constexpr int kPitch = tile_pitch(kOptions.head_dim), kScorePitch = tile_pitch(kRows);
-  static constexpr int kKeyGroups = kKeys / 16;
-  static constexpr int kPartRows = kRows / kSplit, kColumnTiles = kPartRows / 8;  // of a warp's scores
-  static constexpr int kPairs = kConfig.pairs(), kOwnPairs = divide_up(kPairs, kSplit);
-  static constexpr int kDim = kConfig.padded_dim();
   static constexpr bool kDelayed = kConfig.dq_stages == 2;
-  using T = typename TypeOf<kOptions.number>::type;
-  using Scores = float[kColumnTiles][4];
-  using Sums = float[2 * kOwnPairs][4];
   using RowTile = Tile<kRows, kOptions.head_dim>;
   using KeyTile = Tile<kKeys, kOptions.head_dim>;
   using ScoreTile = Tile<kKeys, kRows>;
@@ -48,120 +49,12 @@ struct Backward {
     ScoreTile& probability() { return grad_score[kConfig.dq_stages]; }  // kSplit > 1
     BackwardNumbers<kKeys, kRows, kStages> numbers;
   };
-  static_assert(kConfig.has_dq_of(backward_config(kOptions.arch, kOptions.head_dim)));
+  static_assert(kConfig.has_query_tile_of(backward_config(kOptions.arch, kOptions.head_dim)));
   static_assert(sizeof(Shared) <= kConfig.shared_bytes && kConfig.shared_bytes <= shared_capacity(kOptions.arch));
 
-  const Params& params;
   Shared& shared;
-  BackwardNumbers<kKeys, kRows, kStages>& numbers;
-  const int thread, lane, warp;
-  const int warp_key;        // first of the warp's 16 keys
-  const int warp_part;       // which part of the rows and columns it has
-  const BackwardWork& work;  // read where it is needed: registers are scarce
-  Sums grad_key, grad_value;
 
-  Backward(const Params& given, Shared& memory)
-      : params(given),
-        shared(memory),
-        numbers(memory.numbers),
-        thread(thread_index()),
-        lane(thread % kWarp),
-        warp(thread / kWarp),
-        warp_key(warp % kKeyGroups * 16),
-        warp_part(warp / kKeyGroups),
-        work(memory.numbers.work) {}
-
-  // ---- which tile of which list
-
-  struct Entry {
-    int b, unit, run;
-  };
-  int entries() const { return params.part.batches * params.part.units * params.plan.runs; }
-  Entry entry(int index) const {  // the last runs, which see the most keys, come first
-    const Part& part = params.part;
-    return {part.first_batch + index / part.units % part.batches, part.first_unit + index % part.units * part.unit_step,
-            params.plan.runs - 1 - index / part.units / part.batches};
-  }
-  int tiles_of(const Entry& of) const {
-    const int count = params.plan.list(params.shape, of.b, of.unit, of.run).count;
-    return count / kKeys + (count % kKeys != 0);
-  }
-
-  /// Blocks go over the tiles of a group of lists, all first tiles first: so those that add to the same rows of dQ work
-  /// at different times.
-  bool find_work() {
-    int number = block_index();
-    if constexpr (kOptions.deterministic) {
-      // Blocks may start in any order, but none may wait for one that has not started.
-      if (thread == 0) numbers.work.ticket = fetch_add(params.ticket, 1);
-      sync_block();
-      number = work.ticket;
-      sync_block();  // its place is written again
-    }
-    const int group_size = params.key_tiles * params.group, group = number / group_size;
-    const int within = number % group_size, index = group * params.group + within % params.group;
-    if (index >= entries()) return false;
-    const Shape& shape = params.shape;
-    const Entry found = entry(index);
-    const int tile = within / params.group, first_query = found.run * params.plan.run;
-    const KeyList list = params.plan.list(shape, found.b, found.unit, found.run);
-    if (static_cast<i64>(tile) * kKeys >= list.count) return false;
-    if (warp == 0) {
-      const int kv_head = shape.kv_head(found.unit);
-      const int turn = kOptions.deterministic ? blocks_before(index, tile, found.b, kv_head) : 0;
-      const i64 runs_before = (static_cast<i64>(found.b) * shape.units() + found.unit) * params.plan.runs + found.run;
-      if (lane == 0)
-        numbers.work = {.b = found.b,
-                        .unit = found.unit,
-                        .run = found.run,
-                        .kv_head = kv_head,
-                        .tile = tile,
-                        .first_query = first_query,
-                        .rows = least(params.plan.run, shape.query_len - first_query) * shape.pack,
-                        .turn = turn,
-                        .ticket = number,
-                        .list = list,
-                        .row_tiles = runs_before * (params.plan.run * shape.pack / kRows)};
-    }
-    sync_block();
-    return true;
-  }
-
-  /// Deterministic: how many blocks add to the sums of this KV head before the one of a list and a tile.
-  int blocks_before(int index, int tile, int b, int kv_head) const {
-    const int group = index / params.group;
-    int before = 0;
-    for (int i = lane; i < entries(); i += kWarp) {
-      const Entry other = entry(i);
-      const int its_group = i / params.group;
-      if (other.b != b || params.shape.kv_head(other.unit) != kv_head || its_group > group) continue;
-      const int its_tiles = tiles_of(other);
-      if (!params.plan.lists)
-        before += i < index && its_tiles > tile;
-      else
-        before += its_group < group ? its_tiles : least(its_tiles, tile + (i < index));
-    }
-    for (int mask = 16; mask > 0; mask /= 2) before += shuffle_xor(before, mask);
-    return before;
-  }
-  int* key_turn() const {
-    const i64 head = static_cast<i64>(work.b) * params.shape.kv_heads + work.kv_head;
-    return params.key_turn + (params.plan.lists ? head : head * params.key_tiles + work.tile);
-  }
-  static void wait_for(const int* turn, int value) {
-    while (load_acquired(turn) != value) {
-    }
-  }
-
-  // ---- rows of the run
-
-  struct Row {
-    int query, head;  // head: of the unit
-  };
-  Row row_at(int row) const {
-    const int position = static_cast<int>(static_cast<u32>(row) * params.inverse_pack >> 20);
-    return {position, row - position * params.shape.pack};
-  }
+  Backward(const Params& given, Shared& memory) : Block(given, memory.numbers), shared(memory) {}
 
   void copy_row_tile(const Rows& from, RowTile& to, int row_tile) {
     const u16* const base = from.at<u16>(work.b, work.first_query, work.unit * params.shape.pack);
@@ -188,42 +81,8 @@ struct Backward {
 
   // ---- keys of the tile
 
-  float scaled_bias(float x) const {
-    const float scaled = maximum(minimum(x * params.logits.bias_factor, kLargestBias), -kLargestBias);
-    return x == -kInfinity ? x : scaled * params.logits.factor;
-  }
-  float bias_at(i64 offset) const {
-    return params.bias.is_float32 ? static_cast<const float*>(params.bias.data)[offset]
-                                  : to_float(static_cast<const T*>(params.bias.data)[offset]);
-  }
-
-  void read_keys() {
-    const Plan& plan = params.plan;
-    const int first_key = work.tile * kKeys;
-    for (int i = thread; i < kKeys; i += kThreads) {
-      const bool exists = i < work.list.count - first_key;
-      const int index = exists ? first_key + i : 0;
-      const int position = exists ? plan.key(work.list, index) : 0;
-      numbers.position[i] = exists ? position : -1;
-      float bias = 0;
-      if constexpr (kOptions.bias == BiasKind::per_key)
-        bias = scaled_bias(bias_at(params.bias.offset(work.b, work.unit * params.shape.pack, 0, position)));
-      numbers.bias[i] = exists ? bias : -kInfinity;
-      for (int part = 0; part < kSplit; ++part) numbers.bias_sum[part][i] = 0;
-      if constexpr (kOptions.test == Test::interval) {
-        Interval seen{0, 0};
-        if (exists)
-          seen = index < work.list.full ? Interval{kSmallest, kLargest} : plan.interval(work.b, work.unit, position);
-        const i64 first = static_cast<i64>(work.first_query) + params.shape.first_position();
-        const int pack = params.shape.pack;
-        const auto row_of = [&](int p) {
-          return static_cast<int>(most<i64>(0, least<i64>(p - first, work.rows / pack))) * pack;
-        };
-        numbers.start[i] = exists ? row_of(seen.start) : 0;
-        numbers.end[i] = exists ? row_of(seen.end) : 0;
-      }
-    }
-    sync_block();
+  void copy_keys() {
+    read_keys();
     const auto copy = [&](const Rows& from, KeyTile& to) {
       const u16* const base = from.at<u16>(work.b, 0, work.kv_head);
       copy_rows<kThreads>(to, thread, [&](int row, int column) {
@@ -241,54 +100,6 @@ struct Backward {
       zero_padding<kThreads>(shared.grad_out[stage], thread);
     }
   }
-
-  /// Test::bits: bit i says whether the position row_at(row_tile * kRows).query + i sees the key.
-  u64 bits_of_key(int key, int row_tile) const {
-    const int first_key = work.tile * kKeys, index = first_key + key;
-    if (key >= work.list.count - first_key) return 0;
-    if (index < work.list.full) return ~u64{0};
-    const int words = params.plan.words, first = row_at(row_tile * kRows).query, word = first / 32;
-    const u32* const bits = params.plan.bits + (work.list.offset + index) * words;
-    const u64 high = word + 1 < words ? bits[word + 1] : 0;
-    return (high << 32 | bits[word]) >> first % 32;
-  }
-
-  /// Which tiles of rows any key sees, and whether every row sees every key.
-  void find_row_tiles() {
-    const int count = divide_up(work.rows, kRows);
-    for (int t = warp; t < count; t += kThreads / kWarp) {
-      const int first = t * kRows, last = least(first + kRows, work.rows);
-      bool any = false, all = true;
-      for (int i = lane; i < kKeys; i += kWarp) {
-        if constexpr (kOptions.test == Test::interval) {
-          any |= numbers.start[i] < last && numbers.end[i] > first && numbers.start[i] < numbers.end[i];
-          all &= numbers.start[i] <= first && numbers.end[i] >= last;
-        } else {
-          const u64 everyone = ~u64{0} >> (63 - (row_at(last - 1).query - row_at(first).query));
-          const u64 seen = bits_of_key(i, t) & everyone;
-          any |= seen != 0;
-          all &= seen == everyone;
-        }
-      }
-      const u32 someone = ballot(any), everyone = ballot(all);
-      if (lane == 0) numbers.seen[t] = someone == 0 ? 0 : everyone == ~0u ? 1 : 2;
-    }
-    sync_block();
-    if (warp == 0) {
-      int found = 0;
-      for (int t = lane; t - lane < count; t += kWarp) {
-        const int seen = t < count ? numbers.seen[t] : 0;
-        const u32 some = ballot(seen != 0);
-        if (seen != 0)
-          numbers.tiles[found + count_ones(some & ((1u << lane) - 1))] = static_cast<u16>(t | (seen - 1) << 15);
-        found += count_ones(some);
-      }
-      if (lane == 0) numbers.tile_count = found;
-    }
-    sync_block();
-  }
-  int row_tile(int i) const { return numbers.tiles[i] & 0x7fff; }
-  bool is_tested(int i) const { return numbers.tiles[i] >> 15 != 0; }
 
   // ---- products of a warp
 
@@ -338,137 +149,25 @@ struct Backward {
       add_rows(sums, a, row_columns + row * kPitch);
     }
   }
-  /// use(n, half, two) where two of the thread's scores stand: accumulators [n][2 * half] and the next.
-  template <class Use>
-  void each_two(ScoreTile& tile, const Use& use) const {
+  /// Where two of the thread's scores stand: accumulators [n][2 * half] and the next.
+  auto two_of(ScoreTile& tile) const {
     u16* const at = tile.at(warp_key + lane / 4, warp_part * kPartRows + lane % 4 * 2);
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) use(n, half, *reinterpret_cast<u32*>(at + half * 8 * kScorePitch + n * 8));
+    return [at](int n, int half) -> u32& { return *reinterpret_cast<u32*>(at + half * 8 * kScorePitch + n * 8); };
   }
   void store(ScoreTile& to, const Scores& scores) const {
-    each_two(to, [&](int n, int half, u32& two) { two = pack<T>(scores[n][2 * half], scores[n][2 * half + 1]); });
-  }
-
-  // ---- scores of a tile
-
-  /// use(n, i, row, half) for each of the thread's scores: accumulator [n][i], row of the run, which of its two keys.
-  template <class Use>
-  void each_score(int row_tile, const Use& use) const {
-    const int first = row_tile * kRows + warp_part * kPartRows + lane % 4 * 2;
+    const auto two = two_of(to);
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) use(n, i, first + 8 * n + i % 2, i / 2);
-  }
-  int key_of(int half) const { return warp_key + lane / 4 + 8 * half; }
-
-  /// Where the values of a full bias, or of its gradient, stand: of_row(row) + of_key(position).
-  struct BiasOffsets {
-    i64 base, query, head;
-    i64 of_row(const Row& row) const { return base + row.query * query + row.head * head; }
-  };
-  template <class AnyBias>
-  BiasOffsets offsets_of(const AnyBias& bias) const {
-    return {bias.offset(work.b, work.unit * params.shape.pack, work.first_query, 0), bias.query,
-            bias.heads_per_head == 1 ? bias.head : 0};
-  }
-
-  /// From products to probabilities. The derivative of softcap stays where dS will be, in 16 bits.
-  void exponentiate(Scores& s, ScoreTile& slope, int stage, int row_tile, bool is_tested) {
-    const float* const lse = numbers.lse[stage] + warp_part * kPartRows + lane % 4 * 2;
-    const float bias[2] = {numbers.bias[key_of(0)], numbers.bias[key_of(1)]};
-    if constexpr (kOptions.softcap) {
-      each_two(slope, [&](int n, int half, u32& two) {
-        float t[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[n][2 * half + i];
-          t[i] = multiply_add(-2, fast_reciprocal(1 + fast_exp2(x * params.logits.inner)), 1);
-          x = t[i] * params.logits.cap;
-        }
-        two = pack<float16>(multiply_add(-t[0], t[0], 1), multiply_add(-t[1], t[1], 1));
-      });
-    }
-    if constexpr (kOptions.bias == BiasKind::full) {
-      const BiasOffsets offsets = offsets_of(params.bias);
-      const i64 of_key[2] = {most(numbers.position[key_of(0)], 0) * params.bias.key,
-                             most(numbers.position[key_of(1)], 0) * params.bias.key};
-      each_score(row_tile, [&](int n, int i, int row, int half) {
-        const float x = scaled_bias(bias_at(offsets.of_row(row_at(least(row, work.rows - 1))) + of_key[half]));
-        s[n][i] = multiply_add(s[n][i], params.factor, x + bias[half]);
-      });
-    }
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float of_row = lse[8 * n + i % 2];
-        if constexpr (kOptions.bias == BiasKind::none) {
-          s[n][i] = fast_exp2(multiply_add(s[n][i], params.factor, -of_row));
-        } else {
-          const float logit =
-              kOptions.bias == BiasKind::full ? s[n][i] : multiply_add(s[n][i], params.factor, bias[i / 2]);
-          // Of huge logits the difference to lse is rounding.
-          s[n][i] = fast_exp2(minimum(logit - of_row, 0.0f));
-        }
-      }
-    if (!is_tested) return;
-    if constexpr (kOptions.test == Test::interval) {
-      const int start[2] = {numbers.start[key_of(0)], numbers.start[key_of(1)]};
-      const int end[2] = {numbers.end[key_of(0)], numbers.end[key_of(1)]};
-      each_score(row_tile, [&](int n, int i, int row, int half) {
-        if (row < start[half] || row >= end[half]) s[n][i] = 0;
-      });
-    } else {
-      const u64 bits[2] = {bits_of_key(key_of(0), row_tile), bits_of_key(key_of(1), row_tile)};
-      const int first = row_at(row_tile * kRows).query;
-      each_score(row_tile, [&](int n, int i, int row, int half) {
-        if ((bits[half] >> (row_at(row).query - first) & 1) == 0) s[n][i] = 0;
-      });
-    }
-  }
-
-  /// From dP to dS.
-  void differentiate_softmax(Scores& ds, const Scores& p, ScoreTile& slope, int stage, int row_tile) {
-    const float* const delta = numbers.delta[stage] + warp_part * kPartRows + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - delta[8 * n + i % 2]);
-    if constexpr (kOptions.bias == BiasKind::per_key) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = 0;
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) sum += ds[n][2 * half] + ds[n][2 * half + 1];
-        sum = quad_sum(sum);
-        if (lane % 4 == 0) numbers.bias_sum[warp_part][key_of(half)] += sum;
-      }
-    }
-    if constexpr (kOptions.bias == BiasKind::full) {
-      if (params.grad_bias.data) {
-        const BiasOffsets offsets = offsets_of(params.grad_bias);
-        const i64 of_key[2] = {numbers.position[key_of(0)] * params.grad_bias.key,
-                               numbers.position[key_of(1)] * params.grad_bias.key};
-        each_score(row_tile, [&](int n, int i, int row, int half) {
-          if (p[n][i] != 0) add_to(params.grad_bias.data + offsets.of_row(row_at(row)) + of_key[half], ds[n][i]);
-        });
-      }
-    }
-    if constexpr (kOptions.softcap)
-      each_two(slope, [&](int n, int half, u32 two) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) ds[n][2 * half + i] *= to_float(float16{static_cast<u16>(two >> i * 16)});
-      });
+      for (int half = 0; half < 2; ++half) two(n, half) = pack<T>(scores[n][2 * half], scores[n][2 * half + 1]);
   }
 
   // ---- dQ
 
   /// Adds the product of dS and the keys to dQ.
   void add_query_gradient(ScoreTile& grad_score, int row_tile) {
-    constexpr int kGroups = kConfig.column_groups(), kM = kConfig.dq_row_tiles(), kN = kConfig.dq_pairs();
+    constexpr QueryTile kTile = kConfig.query_tile();
+    constexpr int kGroups = kTile.column_groups, kM = kTile.row_tiles, kN = kTile.pairs;
     const int thread = thread_index_anew(), lane = thread % kWarp, warp = thread / kWarp;
     const int first_row = warp / kGroups * kM * 16, first_pair = warp % kGroups * kN;
     const u16* const scores = grad_score.at(lane % 8 + lane / 16 * 8, first_row + lane / 8 % 2 * 8);
@@ -492,8 +191,8 @@ struct Backward {
           }
         }
     }
-    float* const to = params.grad_query + (work.row_tiles + row_tile) * kConfig.dq_size() +
-                      (warp * kConfig.dq_blocks() * kWarp + lane) * 4;
+    float* const to =
+        params.grad_query + (work.row_tiles + row_tile) * kTile.size() + (warp * kTile.blocks() * kWarp + lane) * 4;
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -504,18 +203,17 @@ struct Backward {
         }
   }
 
-  // Deterministic: tiles of keys add to a tile of dQ in their order.
   void wait_for_rows(int row_tile) const {
-    if (kOptions.deterministic && thread == 0) wait_for(params.query_turn + work.row_tiles + row_tile, work.tile);
+    if (kOptions.deterministic && thread == 0) wait_for(query_turn(row_tile), work.tile);
   }
   void pass_rows(int row_tile) const {
-    if (kOptions.deterministic && thread == 0) add_released(params.query_turn + work.row_tiles + row_tile, 1);
+    if (kOptions.deterministic && thread == 0) add_released(query_turn(row_tile), 1);
   }
 
   // ---- the block
 
   void differentiate() {
-    read_keys();
+    copy_keys();
     find_row_tiles();
     const int count = numbers.tile_count;
     if (count > 0) copy_rows_of(row_tile(0), 0);
@@ -552,7 +250,11 @@ struct Backward {
       if (count > 1) pass_rows(row_tile(count - 2));
       add_query_gradient(shared.grad_score[(count - 1) % kConfig.dq_stages], row_tile(count - 1));
     }
-    add_key_gradients(count);
+    if (kOptions.deterministic && count > 0) {
+      sync_block();
+      pass_rows(row_tile(count - 1));
+    }
+    add_key_gradients(count, kThreads, [] { sync_block(); });
   }
 
   /// One tile of rows: everything but dQ, for which dS stays in shared memory.
@@ -561,13 +263,13 @@ struct Backward {
     Scores p, ds;
     multiply(p, rows_operand(shared.key, warp_key, lane),
              columns_operand(shared.query[stage], lane) + part_row * kPitch);
-    exponentiate(p, grad_score, stage, row_tile, is_tested);
+    exponentiate(p, two_of(grad_score), stage, row_tile, is_tested);
     const u16* const grad_out = transposed_operand(shared.grad_out[stage], lane) + part_column;
     const u16* const query = transposed_operand(shared.query[stage], lane) + part_column;
     if constexpr (kSplit == 1) add_own(grad_value, p, grad_out);
     multiply(ds, rows_operand(shared.value, warp_key, lane),
              columns_operand(shared.grad_out[stage], lane) + part_row * kPitch);
-    differentiate_softmax(ds, p, grad_score, stage, row_tile);
+    differentiate_softmax(ds, p, two_of(grad_score), stage, row_tile);
     store(grad_score, ds);
     if constexpr (kSplit == 1) {
       add_own(grad_key, ds, query);
@@ -576,51 +278,6 @@ struct Backward {
       sync_threads(1 + warp % kKeyGroups, kSplit * kWarp);
       add_shared(grad_value, shared.probability(), grad_out);
       add_shared(grad_key, grad_score, query);
-    }
-  }
-
-  void add_key_gradients(int count) {
-    const bool with_bias = kOptions.bias == BiasKind::per_key && params.grad_key_bias;
-    if (kOptions.deterministic && thread == 0) wait_for(key_turn(), work.turn);
-    if (with_bias || kOptions.deterministic) sync_block();
-    if (kOptions.deterministic && count > 0) pass_rows(row_tile(count - 1));
-    if (count > 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int position = numbers.position[key_of(half)];
-        if (position < 0) continue;
-        const i64 row =
-            ((static_cast<i64>(work.b) * params.shape.key_len + position) * params.shape.kv_heads + work.kv_head) *
-                kDim +
-            warp_part * kOwnPairs * 16 + lane % 4 * 4;
-#pragma unroll
-        for (int pair = 0; pair < kOwnPairs; ++pair)
-          if (kPairs % kSplit == 0 || warp_part * kOwnPairs + pair < kPairs) {
-            const auto add = [&](float* to, const Sums& x) {
-              add_to(to + row + pair * 16, x[2 * pair][2 * half], x[2 * pair][2 * half + 1], x[2 * pair + 1][2 * half],
-                     x[2 * pair + 1][2 * half + 1]);
-            };
-            add(params.grad_key, grad_key);
-            add(params.grad_value, grad_value);
-          }
-      }
-      if (with_bias && thread < kKeys && numbers.position[thread] >= 0) {
-        float sum = 0;
-        for (int part = 0; part < kSplit; ++part) sum += numbers.bias_sum[part][thread];
-        add_to(params.grad_key_bias +
-                   (static_cast<i64>(work.b) * params.shape.units() + work.unit) * params.shape.key_len +
-                   numbers.position[thread],
-               sum);
-      }
-    }
-    if constexpr (kOptions.deterministic) {
-      sync_block();
-      if (thread == 0) add_released(key_turn(), 1);
-      for (int t = thread; t < divide_up(work.rows, kRows); t += kThreads)
-        if (numbers.seen[t] == 0) {
-          wait_for(params.query_turn + work.row_tiles + t, work.tile);
-          add_released(params.query_turn + work.row_tiles + t, 1);
-        }
     }
   }
 };

@@ -63,36 +63,37 @@ struct BackwardRows {
 /// dQ, whose sums stand as the threads of Backward held them: a block restores one tile of rows.
 template <QueryGradientOptions kOptions>
 struct WriteQueryGradient {
-  static constexpr BackwardConfig kConfig = backward_config(kOptions.arch, kOptions.head_dim);
+  static constexpr QueryTile kTile = kOptions.tile;
   static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 2;
   using Params = QueryGradientParams;
   using T = typename TypeOf<kOptions.number>::type;
-  using Rows16 = Tile<kConfig.rows, kConfig.padded_dim()>;
-  static_assert(sizeof(Rows16) == query_gradient_shared_bytes(kOptions.arch, kOptions.head_dim));
+  static constexpr int kDim = round_up(kOptions.head_dim, 16);
+  using Rows16 = Tile<kTile.rows, kDim>;
+  static_assert(sizeof(Rows16) == query_gradient_shared_bytes(kOptions));
 
   static void run(const Params& params, char* shared) {
     Rows16& tile = *reinterpret_cast<Rows16*>(shared);
-    const float* const sums = params.sums + static_cast<i64>(block_index()) * kConfig.dq_size();
-    constexpr int kGroups = kConfig.column_groups(), kBlocks = kConfig.dq_blocks(), kN = kConfig.dq_pairs();
-    for (int i = thread_index(); i < kConfig.dq_size() / 4; i += kThreads) {
+    const float* const sums = params.sums + static_cast<i64>(block_index()) * kTile.size();
+    constexpr int kGroups = kTile.column_groups, kBlocks = kTile.blocks(), kN = kTile.pairs;
+    for (int i = thread_index(); i < kTile.size() / 4; i += kThreads) {
       const int lane = i % kWarp, block = i / kWarp % kBlocks, warp = i / kWarp / kBlocks;
-      const int row = (warp / kGroups * kConfig.dq_row_tiles() + block / (2 * kN)) * 16 + lane / 4;
+      const int row = (warp / kGroups * kTile.row_tiles + block / (2 * kN)) * 16 + lane / 4;
       const int column = (warp % kGroups * kN * 2 + block % (2 * kN)) * 8 + lane % 4 * 2;
-      if (column >= kConfig.padded_dim()) continue;
+      if (column >= kDim) continue;
       const Floats sum = reinterpret_cast<const Floats*>(sums)[i];
       *reinterpret_cast<u32*>(tile.at(row, column)) = pack<T>(sum.x[0] * params.scale, sum.x[1] * params.scale);
       *reinterpret_cast<u32*>(tile.at(row + 8, column)) = pack<T>(sum.x[2] * params.scale, sum.x[3] * params.scale);
     }
     sync_block();
     const Shape& shape = params.shape;
-    const int row_tiles = params.run * shape.pack / kConfig.rows;
+    const int row_tiles = params.run * shape.pack / kTile.rows;
     const i64 list = block_index() / row_tiles;
     const int run = static_cast<int>(list % params.runs), unit = static_cast<int>(list / params.runs % shape.units());
     const int b = static_cast<int>(list / params.runs / shape.units());
     constexpr int kChunks = kOptions.head_dim / kChunk;
-    for (int i = thread_index(); i < kConfig.rows * kChunks; i += kThreads) {
+    for (int i = thread_index(); i < kTile.rows * kChunks; i += kThreads) {
       const int row = i / kChunks, column = i % kChunks * kChunk;
-      const int r = block_index() % row_tiles * kConfig.rows + row, query = run * params.run + r / shape.pack;
+      const int r = block_index() % row_tiles * kTile.rows + row, query = run * params.run + r / shape.pack;
       if (query >= shape.query_len) continue;
       T* const out = params.out.template at<T>(b, query, unit * shape.pack + r % shape.pack);
       *reinterpret_cast<Chunk*>(out + column) = *reinterpret_cast<const Chunk*>(tile.at(row, column));

@@ -1,0 +1,409 @@
+// What a block of the backward pass does in every family of kernels. It has one tile of keys of the list of a run of
+// query positions, and goes over the run's rows, a tile at a time. Scores are transposed, keys x rows: a key's bias,
+// its test and its bias gradient belong to a row of the accumulators, and P^T and dS^T are operands of dV += P^T dO and
+// dK += dS^T Q as they are.
+//     P = exp(S - lse),  dP = dO V^T,  dS = P (dP - delta),  dBias += dS,  dQ += dS K
+#pragma once
+#include "attention/backward_params.cuh"
+#include "attention/softmax.cuh"
+#include "ptx/block.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/number.cuh"
+#include "ptx/warp.cuh"
+#include "types.cuh"
+
+namespace flash_dmattn::cuda {
+
+/// Of its kThreads, the first keys / 16 * split warps have scores: each 16 keys and its part of a tile's rows.
+template <BackwardOptions kOptions, BackwardTiles kTiles, int kThreads>
+struct BackwardBlock {
+  static constexpr int kKeys = kTiles.keys, kRows = kTiles.rows, kSplit = kTiles.split, kStages = kTiles.stages;
+  static constexpr int kKeyGroups = kKeys / 16;
+  static constexpr int kPartRows = kRows / kSplit, kColumnTiles = kPartRows / 8;  // of a warp's scores
+  static constexpr int kDim = kTiles.dim;
+  static constexpr int kPairs = kDim / 16, kOwnPairs = divide_up(kPairs, kSplit);
+  using T = typename TypeOf<kOptions.number>::type;
+  using Scores = float[kColumnTiles][4];
+  using Sums = float[2 * kOwnPairs][4];
+  using Numbers = BackwardNumbers<kKeys, kRows, kStages>;
+
+  const BackwardParams& params;
+  Numbers& numbers;
+  const int thread, lane, warp;
+  const int warp_key;        // first of the warp's 16 keys
+  const int warp_part;       // which part of the rows and columns it has
+  const BackwardWork& work;  // read where it is needed: registers are scarce
+  Sums grad_key, grad_value;
+
+  BackwardBlock(const BackwardParams& given, Numbers& in_shared_memory)
+      : params(given),
+        numbers(in_shared_memory),
+        thread(thread_index()),
+        lane(thread % kWarp),
+        warp(thread / kWarp),
+        warp_key(warp % kKeyGroups * 16),
+        warp_part(warp / kKeyGroups),
+        work(in_shared_memory.work) {}
+
+  // ---- which tile of which list
+
+  struct Entry {
+    int b, unit, run;
+  };
+  int entries() const { return params.part.batches * params.part.units * params.plan.runs; }
+  Entry entry(int index) const {  // the last runs, which see the most keys, come first
+    const Part& part = params.part;
+    return {part.first_batch + index / part.units % part.batches, part.first_unit + index % part.units * part.unit_step,
+            params.plan.runs - 1 - index / part.units / part.batches};
+  }
+  int tiles_of(const Entry& of) const {
+    const int count = params.plan.list(params.shape, of.b, of.unit, of.run).count;
+    return count / kKeys + (count % kKeys != 0);
+  }
+
+  /// Blocks go over the tiles of a group of lists, all first tiles first: so those that add to the same rows of dQ work
+  /// at different times.
+  bool find_work() {
+    int number = block_index();
+    if constexpr (kOptions.deterministic) {
+      // Blocks may start in any order, but none may wait for one that has not started.
+      if (thread == 0) numbers.work.ticket = fetch_add(params.ticket, 1);
+      sync_block();
+      number = work.ticket;
+      sync_block();  // its place is written again
+    }
+    const int group_size = params.key_tiles * params.group, group = number / group_size;
+    const int within = number % group_size, index = group * params.group + within % params.group;
+    if (index >= entries()) return false;
+    const Shape& shape = params.shape;
+    const Entry found = entry(index);
+    const int tile = within / params.group, first_query = found.run * params.plan.run;
+    const KeyList list = params.plan.list(shape, found.b, found.unit, found.run);
+    if (static_cast<i64>(tile) * kKeys >= list.count) return false;
+    if (warp == 0) {
+      const int kv_head = shape.kv_head(found.unit);
+      const int turn = kOptions.deterministic ? blocks_before(index, tile, found.b, kv_head) : 0;
+      const i64 runs_before = (static_cast<i64>(found.b) * shape.units() + found.unit) * params.plan.runs + found.run;
+      if (lane == 0)
+        numbers.work = {.b = found.b,
+                        .unit = found.unit,
+                        .run = found.run,
+                        .kv_head = kv_head,
+                        .tile = tile,
+                        .first_query = first_query,
+                        .rows = least(params.plan.run, shape.query_len - first_query) * shape.pack,
+                        .turn = turn,
+                        .ticket = number,
+                        .list = list,
+                        .row_tiles = runs_before * (params.plan.run * shape.pack / kRows)};
+    }
+    sync_block();
+    return true;
+  }
+
+  /// Deterministic: how many blocks add to the sums of this KV head before the one of a list and a tile.
+  int blocks_before(int index, int tile, int b, int kv_head) const {
+    const int group = index / params.group;
+    int before = 0;
+    for (int i = lane; i < entries(); i += kWarp) {
+      const Entry other = entry(i);
+      const int its_group = i / params.group;
+      if (other.b != b || params.shape.kv_head(other.unit) != kv_head || its_group > group) continue;
+      const int its_tiles = tiles_of(other);
+      if (!params.plan.lists)
+        before += i < index && its_tiles > tile;
+      else
+        before += its_group < group ? its_tiles : least(its_tiles, tile + (i < index));
+    }
+    for (int mask = 16; mask > 0; mask /= 2) before += shuffle_xor(before, mask);
+    return before;
+  }
+  int* key_turn() const {
+    const i64 head = static_cast<i64>(work.b) * params.shape.kv_heads + work.kv_head;
+    return params.key_turn + (params.plan.lists ? head : head * params.key_tiles + work.tile);
+  }
+  static void wait_for(const int* turn, int value) {
+    while (load_acquired(turn) != value) {
+    }
+  }
+
+  // ---- rows of the run
+
+  struct Row {
+    int query, head;  // head: of the unit
+  };
+  Row row_at(int row) const {
+    const int position = static_cast<int>(static_cast<u32>(row) * params.inverse_pack >> 20);
+    return {position, row - position * params.shape.pack};
+  }
+
+  // ---- keys of the tile
+
+  float scaled_bias(float x) const {
+    const float scaled = maximum(minimum(x * params.logits.bias_factor, kLargestBias), -kLargestBias);
+    return x == -kInfinity ? x : scaled * params.logits.factor;
+  }
+  float bias_at(i64 offset) const {
+    return params.bias.is_float32 ? static_cast<const float*>(params.bias.data)[offset]
+                                  : to_float(static_cast<const T*>(params.bias.data)[offset]);
+  }
+
+  void read_keys() {
+    const Plan& plan = params.plan;
+    const int first_key = work.tile * kKeys;
+    for (int i = thread; i < kKeys; i += kThreads) {
+      const bool exists = i < work.list.count - first_key;
+      const int index = exists ? first_key + i : 0;
+      const int position = exists ? plan.key(work.list, index) : 0;
+      numbers.position[i] = exists ? position : -1;
+      float bias = 0;
+      if constexpr (kOptions.bias == BiasKind::per_key)
+        bias = scaled_bias(bias_at(params.bias.offset(work.b, work.unit * params.shape.pack, 0, position)));
+      numbers.bias[i] = exists ? bias : -kInfinity;
+      for (int part = 0; part < kSplit; ++part) numbers.bias_sum[part][i] = 0;
+      if constexpr (kOptions.test == Test::interval) {
+        Interval seen{0, 0};
+        if (exists)
+          seen = index < work.list.full ? Interval{kSmallest, kLargest} : plan.interval(work.b, work.unit, position);
+        const i64 first = static_cast<i64>(work.first_query) + params.shape.first_position();
+        const int pack = params.shape.pack;
+        const auto row_of = [&](int p) {
+          return static_cast<int>(most<i64>(0, least<i64>(p - first, work.rows / pack))) * pack;
+        };
+        numbers.start[i] = exists ? row_of(seen.start) : 0;
+        numbers.end[i] = exists ? row_of(seen.end) : 0;
+      }
+    }
+    sync_block();
+  }
+
+  /// Test::bits: bit i says whether the position row_at(first_row).query + i sees the key.
+  u64 bits_of_key(int key, int first_row) const {
+    const int first_key = work.tile * kKeys, index = first_key + key;
+    if (key >= work.list.count - first_key) return 0;
+    if (index < work.list.full) return ~u64{0};
+    const int words = params.plan.words, first = row_at(first_row).query, word = least(first / 32, words - 1);
+    const u32* const bits = params.plan.bits + (work.list.offset + index) * words;
+    const u64 high = word + 1 < words ? bits[word + 1] : 0;
+    return (high << 32 | bits[word]) >> first % 32;
+  }
+  /// Rows whose bits are looked at together: they have at most 64 positions.
+  static constexpr int kBitRows = least(kPartRows, 64);
+
+  /// Which tiles of rows any key sees, and whether every row sees every key.
+  void find_row_tiles() {
+    const int count = divide_up(work.rows, kRows);
+    for (int t = warp; t < count; t += kThreads / kWarp) {
+      const int first = t * kRows, last = least(first + kRows, work.rows);
+      bool any = false, all = true;
+      for (int i = lane; i < kKeys; i += kWarp) {
+        if constexpr (kOptions.test == Test::interval) {
+          any |= numbers.start[i] < last && numbers.end[i] > first && numbers.start[i] < numbers.end[i];
+          all &= numbers.start[i] <= first && numbers.end[i] >= last;
+        } else {
+          for (int row = first; row < last; row += 64) {
+            const int end = least(row + 64, last);
+            const u64 everyone = ~u64{0} >> (63 - (row_at(end - 1).query - row_at(row).query));
+            const u64 seen = bits_of_key(i, row) & everyone;
+            any |= seen != 0;
+            all &= seen == everyone;
+          }
+        }
+      }
+      const u32 someone = ballot(any), everyone = ballot(all);
+      if (lane == 0) numbers.seen[t] = someone == 0 ? 0 : everyone == ~0u ? 1 : 2;
+    }
+    sync_block();
+    if (warp == 0) {
+      int found = 0;
+      for (int t = lane; t - lane < count; t += kWarp) {
+        const int seen = t < count ? numbers.seen[t] : 0;
+        const u32 some = ballot(seen != 0);
+        if (seen != 0)
+          numbers.tiles[found + count_ones(some & ((1u << lane) - 1))] = static_cast<u16>(t | (seen - 1) << 15);
+        found += count_ones(some);
+      }
+      if (lane == 0) numbers.tile_count = found;
+    }
+    sync_block();
+  }
+  int row_tile(int i) const { return numbers.tiles[i] & 0x7fff; }
+  bool is_tested(int i) const { return numbers.tiles[i] >> 15 != 0; }
+
+  // ---- scores of a tile
+
+  /// use(n, i, row, half) for each of the thread's scores: accumulator [n][i], row of the run, which of its two keys.
+  template <class Use>
+  void each_score(int row_tile, const Use& use) const {
+    const int first = row_tile * kRows + warp_part * kPartRows + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) use(n, i, first + 8 * n + i % 2, i / 2);
+  }
+  int key_of(int half) const { return warp_key + lane / 4 + 8 * half; }
+
+  /// Where the values of a full bias, or of its gradient, stand: of_row(row) + of_key(position).
+  struct BiasOffsets {
+    i64 base, query, head;
+    i64 of_row(const Row& row) const { return base + row.query * query + row.head * head; }
+  };
+  template <class AnyBias>
+  BiasOffsets offsets_of(const AnyBias& bias) const {
+    return {bias.offset(work.b, work.unit * params.shape.pack, work.first_query, 0), bias.query,
+            bias.heads_per_head == 1 ? bias.head : 0};
+  }
+
+  /// From products to probabilities. The derivative of softcap stays in `slope(n, half)`, where two of the thread's
+  /// numbers of 16 bits have room: those of accumulators [n][2 * half] and the next.
+  template <class Slope>
+  void exponentiate(Scores& s, const Slope& slope, int stage, int row_tile, bool is_tested) const {
+    const float* const lse = numbers.lse[stage] + warp_part * kPartRows + lane % 4 * 2;
+    const float bias[2] = {numbers.bias[key_of(0)], numbers.bias[key_of(1)]};
+    if constexpr (kOptions.softcap) {
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float t[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& x = s[n][2 * half + i];
+            t[i] = multiply_add(-2, fast_reciprocal(1 + fast_exp2(x * params.logits.inner)), 1);
+            x = t[i] * params.logits.cap;
+          }
+          slope(n, half) = pack<float16>(multiply_add(-t[0], t[0], 1), multiply_add(-t[1], t[1], 1));
+        }
+    }
+    if constexpr (kOptions.bias == BiasKind::full) {
+      const BiasOffsets offsets = offsets_of(params.bias);
+      const i64 of_key[2] = {most(numbers.position[key_of(0)], 0) * params.bias.key,
+                             most(numbers.position[key_of(1)], 0) * params.bias.key};
+      each_score(row_tile, [&](int n, int i, int row, int half) {
+        const float x = scaled_bias(bias_at(offsets.of_row(row_at(least(row, work.rows - 1))) + of_key[half]));
+        s[n][i] = multiply_add(s[n][i], params.factor, x + bias[half]);
+      });
+    }
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float of_row = lse[8 * n + i % 2];
+        if constexpr (kOptions.bias == BiasKind::none) {
+          s[n][i] = fast_exp2(multiply_add(s[n][i], params.factor, -of_row));
+        } else {
+          const float logit =
+              kOptions.bias == BiasKind::full ? s[n][i] : multiply_add(s[n][i], params.factor, bias[i / 2]);
+          // Of huge logits the difference to lse is rounding.
+          s[n][i] = fast_exp2(minimum(logit - of_row, 0.0f));
+        }
+      }
+    if (!is_tested) return;
+    if constexpr (kOptions.test == Test::interval) {
+      const int start[2] = {numbers.start[key_of(0)], numbers.start[key_of(1)]};
+      const int end[2] = {numbers.end[key_of(0)], numbers.end[key_of(1)]};
+      each_score(row_tile, [&](int n, int i, int row, int half) {
+        if (row < start[half] || row >= end[half]) s[n][i] = 0;
+      });
+    } else {
+#pragma unroll
+      for (int part = 0; part < kPartRows; part += kBitRows) {
+        const int first_row = row_tile * kRows + warp_part * kPartRows + part, first = row_at(first_row).query;
+        const u64 bits[2] = {bits_of_key(key_of(0), first_row), bits_of_key(key_of(1), first_row)};
+        each_score(row_tile, [&](int n, int i, int row, int half) {
+          if (8 * n >= part && 8 * n < part + kBitRows && (bits[half] >> (row_at(row).query - first) & 1) == 0)
+            s[n][i] = 0;
+        });
+      }
+    }
+  }
+
+  /// From dP to dS.
+  template <class Slope>
+  void differentiate_softmax(Scores& ds, const Scores& p, const Slope& slope, int stage, int row_tile) const {
+    const float* const delta = numbers.delta[stage] + warp_part * kPartRows + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) ds[n][i] = p[n][i] * (ds[n][i] - delta[8 * n + i % 2]);
+    if constexpr (kOptions.bias == BiasKind::per_key) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) sum += ds[n][2 * half] + ds[n][2 * half + 1];
+        sum = quad_sum(sum);
+        if (lane % 4 == 0) numbers.bias_sum[warp_part][key_of(half)] += sum;
+      }
+    }
+    if constexpr (kOptions.bias == BiasKind::full) {
+      if (params.grad_bias.data) {
+        const BiasOffsets offsets = offsets_of(params.grad_bias);
+        const i64 of_key[2] = {numbers.position[key_of(0)] * params.grad_bias.key,
+                               numbers.position[key_of(1)] * params.grad_bias.key};
+        each_score(row_tile, [&](int n, int i, int row, int half) {
+          if (p[n][i] != 0) add_to(params.grad_bias.data + offsets.of_row(row_at(row)) + of_key[half], ds[n][i]);
+        });
+      }
+    }
+    if constexpr (kOptions.softcap)
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) ds[n][i] *= to_float(float16{static_cast<u16>(slope(n, i / 2) >> i % 2 * 16)});
+  }
+
+  // ---- sums
+
+  // Deterministic: tiles of keys add to a tile of dQ in their order.
+  int* query_turn(int row_tile) const { return params.query_turn + work.row_tiles + row_tile; }
+
+  /// Adds dK, dV and the gradient of the keys' biases to those of other blocks, after `sync` of the `threads` that call
+  /// this, all that have sums among them.
+  template <class Sync>
+  void add_key_gradients(int count, int threads, const Sync& sync) {
+    const bool with_bias = kOptions.bias == BiasKind::per_key && params.grad_key_bias;
+    if (kOptions.deterministic && thread == 0) wait_for(key_turn(), work.turn);
+    if (with_bias || kOptions.deterministic) sync();
+    if (count > 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int position = numbers.position[key_of(half)];
+        if (position < 0) continue;
+        const i64 row =
+            ((static_cast<i64>(work.b) * params.shape.key_len + position) * params.shape.kv_heads + work.kv_head) *
+                kDim +
+            warp_part * kOwnPairs * 16 + lane % 4 * 4;
+#pragma unroll
+        for (int pair = 0; pair < kOwnPairs; ++pair)
+          if (kPairs % kSplit == 0 || warp_part * kOwnPairs + pair < kPairs) {
+            const auto add = [&](float* to, const Sums& x) {
+              add_to(to + row + pair * 16, x[2 * pair][2 * half], x[2 * pair][2 * half + 1], x[2 * pair + 1][2 * half],
+                     x[2 * pair + 1][2 * half + 1]);
+            };
+            add(params.grad_key, grad_key);
+            add(params.grad_value, grad_value);
+          }
+      }
+      if (with_bias && thread < kKeys && numbers.position[thread] >= 0) {
+        float sum = 0;
+        for (int part = 0; part < kSplit; ++part) sum += numbers.bias_sum[part][thread];
+        add_to(params.grad_key_bias +
+                   (static_cast<i64>(work.b) * params.shape.units() + work.unit) * params.shape.key_len +
+                   numbers.position[thread],
+               sum);
+      }
+    }
+    if constexpr (kOptions.deterministic) {
+      sync();
+      if (thread == 0) add_released(key_turn(), 1);
+      for (int t = thread; t < divide_up(work.rows, kRows); t += threads)
+        if (numbers.seen[t] == 0) {
+          wait_for(query_turn(t), work.tile);
+          add_released(query_turn(t), 1);
+        }
+    }
+  }
+};
+
+}  // namespace flash_dmattn::cuda
