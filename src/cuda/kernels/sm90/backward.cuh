@@ -1,0 +1,291 @@
+// The backward pass on Hopper. Two warpgroups multiply: each has 64 of the block's keys, and with all of their dS makes
+// a half of a tile of dQ. The third one copies rows, and adds the tiles of dQ to global memory.
+#pragma once
+#include "attention/backward_block.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/block.cuh"
+#include "ptx/bulk.cuh"
+#include "ptx/memory.cuh"
+#include "ptx/number.cuh"
+#include "ptx/warp.cuh"
+#include "ptx/warpgroup.cuh"
+#include "sm90/backward_params.cuh"
+#include "sm90/panels.cuh"
+
+namespace flash_dmattn::cuda {
+
+template <BackwardOptions kOptions>
+struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.head_dim).tiles(), 3 * kWarpgroup> {
+  static constexpr HopperBackwardConfig kConfig = hopper_backward_config(kOptions.head_dim);
+  static constexpr int kThreads = kConfig.kThreads, kBlocksPerMultiprocessor = 1;
+  using Block = BackwardBlock<kOptions, kConfig.tiles(), kThreads>;
+  using Params = BackwardParams;
+
+  static void run(const Params& params, char* memory) {
+    HopperBackward block(params, *reinterpret_cast<Shared*>(memory));
+    if (block.find_work()) block.differentiate();
+  }
+
+ private:
+  using Block::add_key_gradients, Block::differentiate_softmax, Block::exponentiate, Block::find_row_tiles;
+  using Block::grad_key, Block::grad_value, Block::lane, Block::numbers, Block::params, Block::thread, Block::warp;
+  using Block::is_tested, Block::key_of, Block::query_turn, Block::read_keys, Block::row_at, Block::row_tile;
+  using Block::kColumnTiles, Block::kDim, Block::kKeys, Block::kRows, Block::kStages;
+  using Block::wait_for;
+  using Block::warp_key, Block::work;
+  using typename Block::Row, typename Block::Scores, typename Block::Sums, typename Block::T;
+  static constexpr int kChunks = kOptions.head_dim / 8, kPanels = kConfig.panels();
+  static constexpr int kConsumerThreads = kConfig.kConsumers * kWarpgroup;
+  static constexpr int kCopyThreads = 64;  // the warp after them adds dQ
+  static constexpr QueryTile kQueryTile = kConfig.query_tile();
+  using KeyPanels = Panels<kKeys, kPanels>;
+  using RowPanels = Panels<kRows, kPanels>;
+  using ScorePanels = Panels<kKeys, kRows / 64>;
+  using QuerySums = float[kQueryTile.blocks()][4];
+
+  /// The picture of shared memory.
+  struct Shared {
+    KeyPanels key, value;
+    RowPanels query[kStages], grad_out[kStages];
+    ScorePanels grad_score[2];
+    float grad_query[kQueryTile.size()];
+    typename Block::Numbers numbers;
+    Barrier query_full[kStages], query_empty[kStages], grad_out_full[kStages], grad_out_empty[kStages];
+    Barrier grad_query_full, grad_query_empty;
+  };
+  static_assert(sizeof(Shared) <= kConfig.shared_bytes && kConfig.shared_bytes <= shared_capacity(90));
+
+  enum NamedBarrier { kGradScores = 1, kSums = 2 };
+
+  Shared& shared;
+
+  HopperBackward(const Params& given, Shared& memory) : Block(given, memory.numbers), shared(memory) {}
+
+  void differentiate() {
+    set_up();
+    const int count = numbers.tile_count;
+    if (warp < kConsumerThreads / kWarp) {
+      grow_registers<kConfig.kRegisters>();
+      multiply_rows(count);
+      add_key_gradients(count, kConsumerThreads, [] { sync_threads(kSums, kConsumerThreads); });
+    } else {
+      shrink_registers<kConfig.kCopyRegisters>();
+      if (warp < (kConsumerThreads + kCopyThreads) / kWarp)
+        copy_rows(count);
+      else if (thread == kConsumerThreads + kCopyThreads)
+        add_query_gradients(count);
+    }
+  }
+
+  void set_up() {
+    if (thread == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        init(shared.query_full[stage], kCopyThreads);
+        init(shared.grad_out_full[stage], kCopyThreads);
+        init(shared.query_empty[stage], kConsumerThreads);
+        init(shared.grad_out_empty[stage], kConsumerThreads);
+      }
+      init(shared.grad_query_full, kConsumerThreads);
+      init(shared.grad_query_empty, 1);
+      fence_barriers();
+    }
+    read_keys();
+    const auto copy = [&](const Rows& from, KeyPanels& to) {
+      const u16* const base = from.at<u16>(work.b, 0, work.kv_head);
+      gather_rows<kChunks, kThreads>(to, thread, [&](int row) {
+        const int position = numbers.position[row];
+        return position < 0 ? nullptr : base + position * from.position;
+      });
+    };
+    copy(params.key, shared.key);
+    copy(params.value, shared.value);
+    commit_copies();
+    if constexpr (kPanels * 64 != kOptions.head_dim) {
+      const auto pad = [&](auto& tile) { zero_padding<kChunks, kPanels * 64>(tile, thread, kThreads); };
+      pad(shared.key);
+      pad(shared.value);
+      for (int stage = 0; stage < kStages; ++stage) pad(shared.query[stage]), pad(shared.grad_out[stage]);
+    }
+    wait_copies<0>();
+    fence_for_bulk();
+    find_row_tiles();
+  }
+
+  /// A place in the ring of stages for tile i of the rows.
+  static int stage_of(int i) { return i % kStages; }
+  static int parity_of(int i) { return i / kStages % 2; }
+
+  // ---- rows
+
+  void copy_rows(int count) {
+    const int own = thread - kConsumerThreads;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int stage = stage_of(i), tile = row_tile(i);
+      const i64 first = (work.row_tiles + tile) * kRows;
+      const auto copy = [&](const Rows& from, RowPanels& to, const float* of_row, float* to_number) {
+        const u16* const base = from.at<u16>(work.b, work.first_query, work.unit * params.shape.pack);
+        gather_rows<kChunks, kCopyThreads>(to, own, [&](int row) -> const u16* {
+          const int r = tile * kRows + row;
+          if (r >= work.rows) return nullptr;
+          const Row at = row_at(r);
+          return base + at.query * from.position + at.head * from.head;
+        });
+        if (own < kRows / 4) copy_async_16(to_number + own * 4, of_row + first + own * 4, true);
+      };
+      wait(shared.query_empty[stage], parity_of(i) ^ 1);
+      copy(params.query, shared.query[stage], params.lse, numbers.lse[stage]);
+      arrive_after_copies(shared.query_full[stage]);
+      wait(shared.grad_out_empty[stage], parity_of(i) ^ 1);
+      copy(params.grad_out, shared.grad_out[stage], params.delta, numbers.delta[stage]);
+      arrive_after_copies(shared.grad_out_full[stage]);
+    }
+  }
+
+  /// One thread adds tiles of dQ, which the copy engine does; deterministic: in the order of the tiles of keys.
+  void add_query_gradients(int count) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      const int tile = row_tile(i);
+      wait(shared.grad_query_full, i % 2);
+      if constexpr (kOptions.deterministic) wait_for(query_turn(tile), work.tile);
+      bulk_add(params.grad_query + (work.row_tiles + tile) * kQueryTile.size(), shared.grad_query,
+               kQueryTile.size() * 4);
+      commit_bulk();
+      wait_bulk_read<0>();
+      arrive(shared.grad_query_empty);
+      if constexpr (kOptions.deterministic) {
+        wait_bulk<0>();
+        add_released(query_turn(tile), 1);
+      }
+    }
+    wait_bulk<0>();
+  }
+
+  // ---- products
+
+  void multiply_rows(int count) {
+#pragma unroll
+    for (auto& block : grad_key) block[0] = block[1] = block[2] = block[3] = 0;
+#pragma unroll
+    for (auto& block : grad_value) block[0] = block[1] = block[2] = block[3] = 0;
+    if (count == 0) return;
+    const int warpgroup = shuffle(thread / kWarpgroup, 0);
+    Scores score;
+    QuerySums grad_query;
+    multiply_scores(score, warpgroup, 0);
+#pragma unroll 1
+    for (int i = 0; true; ++i) {
+      work_at(score, grad_query, warpgroup, i);
+      if (i + 1 == count) break;
+      multiply_scores(score, warpgroup, i + 1);
+      wait_products<1>();
+      hand_over(grad_query, i);
+    }
+    wait_products<0>();
+    hand_over(grad_query, count - 1);
+  }
+
+  /// S^T = K Q^T
+  void multiply_scores(Scores& score, int warpgroup, int i) {
+    wait(shared.query_full[stage_of(i)], parity_of(i));
+    fence_for_bulk();
+    multiply_keys(score, shared.key, shared.query[stage_of(i)], warpgroup);
+  }
+
+  /// From the scores of a tile of rows to its part of dV, dK and dQ, the last two of which are under way then.
+  void work_at(Scores& score, QuerySums& grad_query, int warpgroup, int i) {
+    const int stage = stage_of(i), tile = row_tile(i);
+    ScorePanels& grad_scores = shared.grad_score[i % 2];
+    const auto two = [&](int n, int half) -> u32& {
+      return *reinterpret_cast<u32*>(grad_scores.chunk(key_of(half), n) + lane % 4 * 4);
+    };
+    Scores grad_score;
+    u32 operand[kRows / 16][4];
+    wait(shared.grad_out_full[stage], parity_of(i));
+    fence_for_bulk();
+    multiply_keys(grad_score, shared.value, shared.grad_out[stage], warpgroup);  // dP^T = V dO^T
+    wait_products<1>();
+    exponentiate(score, two, stage, tile, is_tested(i));
+    pack_operand(operand, score);
+    wait_products<0>();
+    add_rows(grad_value, operand, shared.grad_out[stage]);
+    differentiate_softmax(grad_score, score, two, stage, tile);
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) two(n, half) = pack<T>(grad_score[n][2 * half], grad_score[n][2 * half + 1]);
+    u32 grad_operand[kRows / 16][4];
+    pack_operand(grad_operand, grad_score);
+    fence_for_bulk();
+    sync_threads(kGradScores, kConsumerThreads);
+    add_rows(grad_key, grad_operand, shared.query[stage]);
+    multiply_grad_scores(grad_query, grad_scores, warpgroup);
+  }
+
+  /// The warpgroup's 64 keys x all rows, over the head dim.
+  static void multiply_keys(Scores& c, const KeyPanels& keys, const RowPanels& rows, int warpgroup) {
+    auto& accumulators = reinterpret_cast<float (&)[kRows / 2]>(c);
+    const Operand a = keys.rows(64 * warpgroup), b = rows.rows();
+    fence_products();
+#pragma unroll
+    for (int step = 0; step < kDim / 16; ++step)
+      multiply<T, kRows, Major::k, Major::k>(accumulators, a + KeyPanels::along_columns(step),
+                                             b + RowPanels::along_columns(step), step > 0);
+    commit_products();
+  }
+  /// += 64 keys x head dim, over the rows.
+  static void add_rows(Sums& sums, const u32 (&a)[kRows / 16][4], const RowPanels& rows) {
+    auto& accumulators = reinterpret_cast<float (&)[kDim / 2]>(sums);
+    const Operand b = rows.transposed();
+    fence_products();
+#pragma unroll
+    for (int step = 0; step < kRows / 16; ++step)
+      multiply<T, kDim, Major::mn>(accumulators, a[step], b + RowPanels::along_rows(step), true);
+    commit_products();
+  }
+  /// dQ = dS K: 64 rows x 64 columns, over the keys. Narrow heads have one panel of columns, and two of rows.
+  void multiply_grad_scores(QuerySums& sums, const ScorePanels& scores, int warpgroup) {
+    auto& accumulators = reinterpret_cast<float (&)[32]>(sums);
+    constexpr bool kByRows = kRows == 128;
+    const Operand a = operand(scores.bytes + (kByRows ? warpgroup : 0) * ScorePanels::kPanelBytes,
+                              ScorePanels::kPanelBytes, 8 * kPanelRowBytes);
+    const Operand b = operand(shared.key.bytes + (kByRows ? 0 : warpgroup) * KeyPanels::kPanelBytes,
+                              KeyPanels::kPanelBytes, 8 * kPanelRowBytes);
+    fence_products();
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step)
+      multiply<T, 64, Major::mn, Major::mn>(accumulators, a + ScorePanels::along_rows(step),
+                                            b + KeyPanels::along_rows(step), step > 0);
+    commit_products();
+  }
+  static void pack_operand(u32 (&a)[kRows / 16][4], const Scores& scores) {
+#pragma unroll
+    for (int step = 0; step < kRows / 16; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* const from = scores[2 * step + i / 2] + i % 2 * 2;
+        a[step][i] = pack<T>(from[0], from[1]);
+      }
+  }
+
+  /// A tile's products are there: its stage is free, and its dQ is written down for the thread that adds it.
+  void hand_over(const QuerySums& grad_query, int i) {
+    arrive(shared.query_empty[stage_of(i)]);
+    arrive(shared.grad_out_empty[stage_of(i)]);
+    wait(shared.grad_query_empty, i % 2 ^ 1);
+    const int slot = kQueryTile.column_groups == 1 ? warp : warp % 4 * 2 + warp / 4;
+    float* const to = shared.grad_query + (slot * kQueryTile.blocks() * kWarp + lane) * 4;
+    struct alignas(16) Four {
+      float x[4];
+    };
+#pragma unroll
+    for (int n = 0; n < kQueryTile.blocks(); ++n)
+      *reinterpret_cast<Four*>(to + n * kWarp * 4) = {grad_query[n][0], grad_query[n][1], grad_query[n][2],
+                                                      grad_query[n][3]};
+    fence_for_bulk();
+    arrive(shared.grad_query_full);
+  }
+};
+
+}  // namespace flash_dmattn::cuda
