@@ -343,6 +343,66 @@ TEST(barriers_count_threads_and_what_lands) {
   }
 }
 
+/// Frees numbers before having read them; the other warp overwrites them when they are free.
+struct EarlyArrival : Warps<2> {
+  static void run(const Params& params, char* shared) {
+    int* numbers = reinterpret_cast<int*>(shared);
+    Barrier& empty = *reinterpret_cast<Barrier*>(shared + 128);
+    const int t = thread_index();
+    if (t == 0) {
+      init(empty, 32);
+      fence_barriers();
+    }
+    if (t < 32) numbers[t] = 1;
+    sync_block();
+    if (t < 32) {
+      arrive(empty);
+      params.out[t] = numbers[t];
+    } else {
+      wait(empty, 0);
+      numbers[t - 32] = 2;
+    }
+  }
+};
+EMULATE(EarlyArrival);
+
+TEST(an_arrival_that_comes_too_early_is_seen) {
+  EmulatedStream stream;
+  int* out = stream.allocate_array<int>(32);
+  int wrong = 0;
+  for (unsigned seed = 0; seed < 10; ++seed) {
+    stream.seed(seed);
+    CHECK_EQUAL(thrown(stream, "EarlyArrival", 1, 64, {out, nullptr}), "nothing");
+    wrong += std::any_of(out, out + 32, [](int x) { return x != 1; });
+  }
+  CHECK(wrong > 0);
+}
+
+/// Two copies that are on their way to the same place.
+struct RacingCopies : Warps<1> {
+  static void run(const Params& params, char* shared) {
+    if (thread_index() > 0) return;
+    for (int i = 0; i < 2; ++i) {
+      copy_async_16(shared, params.in + 4 * i, true);
+      commit_copies();
+    }
+    wait_copies<1>();
+    params.out[0] = *reinterpret_cast<const int*>(shared);
+    wait_copies<0>();
+    params.out[1] = *reinterpret_cast<const int*>(shared);
+  }
+};
+EMULATE(RacingCopies);
+
+TEST(a_copy_over_a_copy_is_seen) {
+  EmulatedStream stream;
+  int *in = stream.allocate_array<int>(8), *out = stream.allocate_array<int>(2);
+  for (int i = 0; i < 8; ++i) in[i] = i;
+  CHECK_EQUAL(thrown(stream, "RacingCopies", 1, 32, {out, in}), "nothing");
+  CHECK_EQUAL(out[0], emulator::kPoison);
+  CHECK_EQUAL(out[1], 4);
+}
+
 /// Two warps write by turns.
 struct WarpsTakeTurns : Warps<2> {
   static void run(const Params& params, char*) {

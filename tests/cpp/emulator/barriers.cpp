@@ -33,18 +33,29 @@ State checked(const char* operation, const void* barrier) {
   return state;
 }
 
-// Stores; a complete phase ends.
-void store(void* barrier, State state) {
+// Stores; a complete phase ends. Says whether one did.
+bool store(void* barrier, State state) {
   const bool is_complete = state.missing == 0 && state.bytes == 0;
   if (is_complete) {
     state.missing = state.arrivals;
     state.parity ^= 1;
   }
   std::memcpy(barrier, &state, sizeof state);
-  if (!is_complete) return;
-  auto& waiting = self->block->barriers[barrier].waiting;
-  for (const BarrierQueue::Waiting& one : waiting) wake(*one.thread);
-  waiting.clear();
+  if (is_complete) {
+    auto& waiting = self->block->barriers[barrier].waiting;
+    for (const BarrierQueue::Waiting& one : waiting) wake(*one.thread);
+    waiting.clear();
+  }
+  return is_complete;
+}
+
+bool count_arrival(const char* operation, void* barrier, int bytes) {
+  State state = checked(operation, barrier);
+  if (bytes < 0 || state.bytes + bytes > kMostBytes) fail("%s: %d bytes", operation, bytes);
+  if (state.missing == 0) fail("%s: more than %d arrivals in a phase", operation, static_cast<int>(state.arrivals));
+  --state.missing;
+  state.bytes += bytes;
+  return store(barrier, state);
 }
 
 bool is_arrival_at(const Copy& copy, const void* barrier) { return copy.bytes == 0 && copy.shared == barrier; }
@@ -62,7 +73,8 @@ void land(void* barrier, int parity) {
       while (!is_it(copies.front())) land_first_copy(*next.thread);
       land_first_copy(*next.thread);
     } else {
-      std::memcpy(next.shared, next.global, static_cast<std::size_t>(next.bytes));
+      if (may_land(next.shared, next.bytes, next.number))
+        std::memcpy(next.shared, next.global, static_cast<std::size_t>(next.bytes));
       State state = load(barrier);
       state.bytes -= next.bytes;
       store(barrier, state);
@@ -84,24 +96,18 @@ void init_barrier(void* barrier, int arrivals) {
 }
 
 void arrive_at_barrier(const char* operation, void* barrier, int bytes) {
-  State state = checked(operation, barrier);
-  if (bytes < 0 || state.bytes + bytes > kMostBytes) fail("%s: %d bytes", operation, bytes);
-  if (state.missing == 0) fail("%s: more than %d arrivals in a phase", operation, static_cast<int>(state.arrivals));
-  --state.missing;
-  state.bytes += bytes;
-  store(barrier, state);
+  if (count_arrival(operation, barrier, bytes)) let_others_go_first();
 }
 
 void arrive_at_barrier_after_copies(void* barrier) {
   checked("arrive_after_copies", barrier);
-  self->copies.push_back({barrier, nullptr, 0, false, self->groups});
-  self->block->barriers[barrier].expected.push_back({self, nullptr, nullptr, 0});
+  self->copies.push_back({barrier, nullptr, 0, false, self->groups, 0});
+  self->block->barriers[barrier].expected.push_back({self, nullptr, nullptr, 0, 0});
 }
 
 void load_to_barrier(void* shared, const void* global, int bytes, void* barrier) {
   checked("bulk_load", barrier);
-  poison(shared, static_cast<std::size_t>(bytes));
-  self->block->barriers[barrier].expected.push_back({nullptr, shared, global, bytes});
+  self->block->barriers[barrier].expected.push_back({nullptr, shared, global, bytes, begin_copy(shared, bytes)});
 }
 
 void wait_at_barrier(void* barrier, int parity) {
@@ -114,6 +120,19 @@ void wait_at_barrier(void* barrier, int parity) {
   }
 }
 
+static int* copies_to(const void* shared) {
+  return &self->block->copies_to[static_cast<std::size_t>(static_cast<const char*>(shared) - self->block->shared) / 4];
+}
+int begin_copy(void* shared, int bytes) {
+  poison(shared, static_cast<std::size_t>(bytes));
+  std::fill_n(copies_to(shared), bytes / 4, ++self->block->copies);
+  return self->block->copies;
+}
+bool may_land(const void* shared, int bytes, int number) {
+  const int* const last = copies_to(shared);
+  return std::all_of(last, last + bytes / 4, [&](int copy) { return copy == number; });
+}
+
 std::string describe_barrier(const void* barrier) {
   const State state = load(barrier);
   return "which lacks " + std::to_string(state.missing) + " of " + std::to_string(state.arrivals) + " arrivals and " +
@@ -124,7 +143,9 @@ void land_first_copy(Thread& thread) {
   const Copy copy = thread.copies.front();
   thread.copies.pop_front();
   if (copy.bytes == 0)
-    arrive_at_barrier("arrive_after_copies", copy.shared, 0);
+    count_arrival("arrive_after_copies", copy.shared, 0);
+  else if (!may_land(copy.shared, copy.bytes, copy.number))
+    return;
   else if (copy.valid)
     std::memcpy(copy.shared, copy.global, static_cast<std::size_t>(copy.bytes));
   else

@@ -20,6 +20,7 @@ struct BarrierQueue {
     void* shared;
     const void* global;
     int bytes;
+    int number;  // of the copy
   };
   std::vector<Waiting> waiting;
   std::deque<Expected> expected;

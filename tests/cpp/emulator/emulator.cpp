@@ -174,6 +174,7 @@ class Launch {
     ready_.push_back(fiber);
   }
   void leave(State state);
+  void step_back();
   void fail(const char* format, std::va_list arguments);
 
  private:
@@ -231,6 +232,12 @@ void Launch::leave(State state) {
 #endif
 }
 
+void Launch::step_back() {
+  if (random_() % 2 == 0) return;
+  ready_.insert(ready_.begin(), &fiber());  // the last to be taken, mostly
+  leave(State::ready);
+}
+
 void Launch::fail(const char* format, std::va_list arguments) {
   char text[256];
   std::vsnprintf(text, sizeof text, format, arguments);
@@ -271,6 +278,8 @@ void Launch::begin(RunningBlock& block, i64 index) {
   std::size_t space = block.memory.size();
   block.shared = static_cast<char*>(std::align(kAlignment, shared_bytes_, start, space));
   poison(block.shared, static_cast<std::size_t>(shared_bytes_));
+  block.copies_to.assign(static_cast<std::size_t>(divide_up(shared_bytes_, 4)), 0);
+  block.copies = 0;
   std::memset(block.shared + shared_bytes_, kGuardByte, kGuard);
 }
 
@@ -418,8 +427,11 @@ void meet_block(int id, int threads, bool waits) {
     for (Fiber* other : barrier.waiting) launch->make_ready(other);
     barrier.waiting.clear();
     barrier.arrived = 0;
+    if (!waits) let_others_go_first();
   }
 }
+
+void let_others_go_first() { launch->step_back(); }
 
 void sleep() { launch->leave(State::waiting); }
 void wake(Thread& thread) { launch->make_ready(static_cast<Fiber*>(&thread)); }

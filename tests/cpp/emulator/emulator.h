@@ -17,14 +17,14 @@
 // What is emulated: threads of up to multiprocessors() * kBlocksPerMultiprocessor blocks (and 4096 threads) take turns,
 // in an order that is random but the same on every run; blocks start in the order of their index, x first. Shared
 // memory, and memory that was allocated, are NaN until written. A copy_async_16 destroys what it will overwrite at
-// once, and lands when its thread waits for it; what counts at a Barrier lands when nobody can go on without; bulk
-// copies read shared memory, and then write, when they are waited for. Products of a warpgroup run when they are waited
-// for: until then their accumulators are NaN, and so is every number of theirs that changes in shared memory. Reported,
-// as an Error that launch throws: addresses that are not aligned or not in shared memory where they must be, writes
-// past the end of shared or allocated memory (when the block or the kernel has ended), threads of a warp or a warpgroup
-// that meet at different instructions, barriers without init, products and bulk copies that nobody waits for, and
-// threads that wait for ever. Not seen: conflicts of banks, a forgotten fence_for_bulk, registers that grow or shrink,
-// and races that no order of turns between two meetings can show.
+// once, and what is on its way there, and lands when its thread waits for it; what counts at a Barrier lands when
+// nobody can go on without; bulk copies read shared memory, and then write, when they are waited for. Products of a
+// warpgroup run when they are waited for: until then their accumulators are NaN, and so is every number of theirs that
+// changes in shared memory. Reported, as an Error that launch throws: addresses that are not aligned or not in shared
+// memory where they must be, writes past the end of shared or allocated memory (when the block or the kernel has
+// ended), threads of a warp or a warpgroup that meet at different instructions, barriers without init, products and
+// bulk copies that nobody waits for, and threads that wait for ever. Not seen: conflicts of banks, a forgotten
+// fence_for_bulk, registers that grow or shrink, and races that no order of turns between two meetings can show.
 #pragma once
 #include <map>
 #include <memory>

@@ -26,6 +26,8 @@ struct Block {
   int threads;
   char* shared;
   int shared_bytes;
+  std::vector<int> copies_to;                    ///< by 4 bytes of shared memory: the last copy that went there
+  int copies = 0;                                ///< to shared memory, so far
   std::map<const void*, BarrierQueue> barriers;  ///< those of shared memory
   std::vector<Warpgroup> warpgroups;
 
@@ -41,7 +43,13 @@ struct Copy {
   int bytes;
   bool valid;
   int group;
+  int number;  ///< in its block
 };
+
+/// Of a copy: destroys what it will overwrite, and gives it its number.
+int begin_copy(void* shared, int bytes);
+/// Whether no other copy was on its way to the same place: if one was, what is there is undefined.
+bool may_land(const void* shared, int bytes, int number);
 
 /// Bytes on their way from shared memory to global memory.
 struct BulkCopy {
@@ -83,6 +91,10 @@ void meet_warpgroup(const char* operation, void* given, void (*work)(void* const
 
 /// Comes to barrier `id`, and, if it `waits`, until `threads` threads of the block have.
 void meet_block(int id, int threads, bool waits = true);
+
+/// At random: called by a thread that has told others something and does not wait for them. What it does next may come
+/// long after.
+void let_others_go_first();
 
 /// Until another thread wakes it.
 void sleep();

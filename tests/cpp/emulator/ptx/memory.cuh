@@ -18,8 +18,8 @@ inline void copy_async(const char* operation, void* shared, const void* global, 
   require_aligned(operation, shared, bytes);
   require_shared(operation, shared, bytes);
   if (valid) require_aligned(operation, global, bytes);
-  poison(shared, static_cast<std::size_t>(bytes));
-  self->copies.push_back({shared, global, bytes, valid, self->groups});
+  const int number = begin_copy(shared, bytes);
+  self->copies.push_back({shared, global, bytes, valid, self->groups, number});
 }
 
 }  // namespace emulator
