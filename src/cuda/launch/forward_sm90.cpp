@@ -33,16 +33,19 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
                                      .test = test_of(problem),
                                      .bias = bias_kind(problem),
                                      .softcap = problem.softcap > 0};
-  const HopperForwardConfig config = hopper_forward_config(options.head_dim, options.test);
+  const HopperForwardConfig config = hopper_forward_config(options.head_dim, options.test, options.bias);
   Shape shape = make_shape(problem, config.rows);
   shape.head_dim = options.head_dim;
   const MadePlan made = make_plan(problem, shape, config.rows / shape.pack, stream);
+  const i64 works = static_cast<i64>(made.plan.runs) * shape.units() * shape.batch;
+  if (works > kLargest) throw InvalidArgument("query: is too large for a GPU");
   const Rows out = aligned_output(output.out, stream);
   const HopperForwardParams params{.scores = make_scores(problem, shape, made.plan, stream),
                                    .value = key_rows("value", problem.value, stream),
                                    .out = out,
-                                   .lse = row_numbers(output.lse)};
-  const i64 works = static_cast<i64>(made.plan.runs) * shape.units() * shape.batch;
+                                   .lse = row_numbers(output.lse),
+                                   .works = static_cast<u32>(works),
+                                   .inverse_pack = static_cast<u32>((1 << 16) / shape.pack + 1)};
   stream.launch(kernel(options), {static_cast<unsigned>(std::min<i64>(works, stream.multiprocessors()))},
                 config.threads(), config.shared_bytes, params);
   write_back(out, output.out, stream);

@@ -43,6 +43,12 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
   using ScorePanels = Panels<kKeys, kRows / 64>;
   using QuerySums = float[kQueryTile.blocks()][4];
 
+  /// Where the rows of the run are. It stands in shared memory, as the warps that copy have few registers.
+  struct RowOrigins {
+    const u16* first;
+    int query, head;       // strides
+    const float* numbers;  // lse, delta
+  };
   /// The picture of shared memory.
   struct Shared {
     KeyPanels key, value;
@@ -52,6 +58,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     typename Block::Numbers numbers;
     Barrier query_full[kStages], query_empty[kStages], grad_out_full[kStages], grad_out_empty[kStages];
     Barrier grad_query_full, grad_query_empty;
+    RowOrigins query_rows, grad_out_rows;
   };
   static_assert(sizeof(Shared) <= kConfig.shared_bytes && kConfig.shared_bytes <= shared_capacity(90));
 
@@ -71,9 +78,9 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     } else {
       shrink_registers<kConfig.kCopyRegisters>();
       if (warp < (kConsumerThreads + kCopyThreads) / kWarp)
-        copy_rows(count);
+        copy_rows();
       else if (thread == kConsumerThreads + kCopyThreads)
-        add_query_gradients(count);
+        add_query_gradients();
     }
   }
 
@@ -88,6 +95,13 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
       init(shared.grad_query_full, kConsumerThreads);
       init(shared.grad_query_empty, 1);
       fence_barriers();
+      const i64 first = work.row_tiles * kRows;
+      const auto origins = [&](const Rows& rows, const float* of_rows) {
+        return RowOrigins{rows.at<u16>(work.b, work.first_query, work.unit * params.shape.pack),
+                          static_cast<int>(rows.position), static_cast<int>(rows.head), of_rows + first};
+      };
+      shared.query_rows = origins(params.query, params.lse);
+      shared.grad_out_rows = origins(params.grad_out, params.delta);
     }
     read_keys();
     const auto copy = [&](const Rows& from, KeyPanels& to) {
@@ -117,35 +131,32 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
 
   // ---- rows
 
-  void copy_rows(int count) {
-    const int own = thread - kConsumerThreads;
+  void copy_rows() {
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const int stage = stage_of(i), tile = row_tile(i);
-      const i64 first = (work.row_tiles + tile) * kRows;
-      const auto copy = [&](const Rows& from, RowPanels& to, const float* of_row, float* to_number) {
-        const u16* const base = from.at<u16>(work.b, work.first_query, work.unit * params.shape.pack);
-        gather_rows<kChunks, kCopyThreads>(to, own, [&](int row) -> const u16* {
-          const int r = tile * kRows + row;
-          if (r >= work.rows) return nullptr;
-          const Row at = row_at(r);
-          return base + at.query * from.position + at.head * from.head;
-        });
-        if (own < kRows / 4) copy_async_16(to_number + own * 4, of_row + first + own * 4, true);
-      };
+    for (int i = 0; i < numbers.tile_count; ++i) {
+      const int stage = stage_of(i);
       wait(shared.query_empty[stage], parity_of(i) ^ 1);
-      copy(params.query, shared.query[stage], params.lse, numbers.lse[stage]);
+      copy_tile(shared.query_rows, shared.query[stage], numbers.lse[stage], row_tile(i) * kRows);
       arrive_after_copies(shared.query_full[stage]);
       wait(shared.grad_out_empty[stage], parity_of(i) ^ 1);
-      copy(params.grad_out, shared.grad_out[stage], params.delta, numbers.delta[stage]);
+      copy_tile(shared.grad_out_rows, shared.grad_out[stage], numbers.delta[stage], row_tile(i) * kRows);
       arrive_after_copies(shared.grad_out_full[stage]);
     }
   }
+  void copy_tile(const RowOrigins& from, RowPanels& to, float* to_numbers, int first_row) {
+    const int thread = thread_index_anew() % kCopyThreads;
+    gather_rows<kChunks, kCopyThreads, 1>(to, thread, [&](int row) -> const u16* {
+      if (first_row + row >= work.rows) return nullptr;
+      const Row at = row_at(first_row + row);
+      return from.first + at.query * from.query + at.head * from.head;
+    });
+    if (thread < kRows / 4) copy_async_16(to_numbers + thread * 4, from.numbers + first_row + thread * 4, true);
+  }
 
   /// One thread adds tiles of dQ, which the copy engine does; deterministic: in the order of the tiles of keys.
-  void add_query_gradients(int count) {
+  void add_query_gradients() {
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < numbers.tile_count; ++i) {
       const int tile = row_tile(i);
       wait(shared.grad_query_full, i % 2);
       if constexpr (kOptions.deterministic) wait_for(query_turn(tile), work.tile);
@@ -169,21 +180,16 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     for (auto& block : grad_key) block[0] = block[1] = block[2] = block[3] = 0;
 #pragma unroll
     for (auto& block : grad_value) block[0] = block[1] = block[2] = block[3] = 0;
-    if (count == 0) return;
     const int warpgroup = shuffle(thread / kWarpgroup, 0);
-    Scores score;
-    QuerySums grad_query;
-    multiply_scores(score, warpgroup, 0);
 #pragma unroll 1
-    for (int i = 0; true; ++i) {
+    for (int i = 0; i < count; ++i) {
+      Scores score;
+      QuerySums grad_query;
+      multiply_scores(score, warpgroup, i);
       work_at(score, grad_query, warpgroup, i);
-      if (i + 1 == count) break;
-      multiply_scores(score, warpgroup, i + 1);
-      wait_products<1>();
+      wait_products<0>();
       hand_over(grad_query, i);
     }
-    wait_products<0>();
-    hand_over(grad_query, count - 1);
   }
 
   /// S^T = K Q^T
@@ -244,14 +250,12 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
       multiply<T, kDim, Major::mn>(accumulators, a[step], b + RowPanels::along_rows(step), true);
     commit_products();
   }
-  /// dQ = dS K: 64 rows x 64 columns, over the keys. Narrow heads have one panel of columns, and two of rows.
+  /// dQ = dS K: the rows x the warpgroup's 64 columns, over the keys.
   void multiply_grad_scores(QuerySums& sums, const ScorePanels& scores, int warpgroup) {
     auto& accumulators = reinterpret_cast<float (&)[32]>(sums);
-    constexpr bool kByRows = kRows == 128;
-    const Operand a = operand(scores.bytes + (kByRows ? warpgroup : 0) * ScorePanels::kPanelBytes,
-                              ScorePanels::kPanelBytes, 8 * kPanelRowBytes);
-    const Operand b = operand(shared.key.bytes + (kByRows ? 0 : warpgroup) * KeyPanels::kPanelBytes,
-                              KeyPanels::kPanelBytes, 8 * kPanelRowBytes);
+    const Operand a = scores.transposed();
+    const Operand b =
+        operand(shared.key.bytes + warpgroup * KeyPanels::kPanelBytes, KeyPanels::kPanelBytes, 8 * kPanelRowBytes);
     fence_products();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step)
@@ -274,7 +278,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     arrive(shared.query_empty[stage_of(i)]);
     arrive(shared.grad_out_empty[stage_of(i)]);
     wait(shared.grad_query_empty, i % 2 ^ 1);
-    const int slot = kQueryTile.column_groups == 1 ? warp : warp % 4 * 2 + warp / 4;
+    const int slot = warp % 4 * 2 + warp / 4;  // as QueryTile says
     float* const to = shared.grad_query + (slot * kQueryTile.blocks() * kWarp + lane) * 4;
     struct alignas(16) Four {
       float x[4];

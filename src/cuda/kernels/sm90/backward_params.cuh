@@ -12,30 +12,26 @@ struct HopperBackwardConfig {
   int shared_bytes = 0;
 
   static constexpr int kKeys = 128, kStages = 2, kConsumers = 2, kThreads = 3 * 128;
-  static constexpr int kRegisters = 232, kCopyRegisters = 40;
+  static constexpr int kRegisters = 240, kCopyRegisters = 24;
 
   constexpr int panels() const { return divide_up(dim, 64); }
   constexpr BackwardTiles tiles() const { return {kKeys, rows, dim, 1, kStages}; }
-  /// A warpgroup has 64 of the rows, or of the columns.
-  constexpr QueryTile query_tile() const {
-    return rows == 128 ? QueryTile{rows, 8, 1, 1, 4} : QueryTile{rows, 8, panels(), 1, 4};
-  }
+  /// A warpgroup has 64 of the columns.
+  constexpr QueryTile query_tile() const { return {rows, 8, 2, 1, 4}; }
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
-constexpr int kMostHopperBackwardDim = 128;  ///< the sums of more do not fit the registers
+/// The sums of wider heads do not fit the registers; narrower ones would take a cut of dQ of their own.
+constexpr bool has_hopper_backward(int head_dim) { return head_dim > 64 && head_dim <= 128; }
 
 constexpr HopperBackwardConfig hopper_backward_config(int head_dim) {
-  const auto make = [&](int dim, int rows) {
-    HopperBackwardConfig config{head_dim, dim, rows};
-    const int tiles = (2 * config.kKeys + 2 * config.kStages * rows) * config.panels() * 128 +
-                      2 * config.kKeys * rows * 2 + config.query_tile().size() * 4;
-    const int numbers = config.kStages * rows * 8 + config.kKeys * 24 + kMostRowTiles * 3 + 80, barriers = 10 * 8;
-    config.shared_bytes = round_up(tiles + numbers + barriers, 1024);
-    return config;
-  };
-  if (head_dim <= 64) return make(64, 128);
-  return head_dim <= 96 ? make(96, 64) : make(128, 64);
+  HopperBackwardConfig config{head_dim, head_dim <= 96 ? 96 : 128, 64};
+  const int tiles = (2 * config.kKeys + 2 * config.kStages * config.rows) * config.panels() * 128 +
+                    2 * config.kKeys * config.rows * 2 + config.query_tile().size() * 4;
+  const int numbers = config.kStages * config.rows * 8 + config.kKeys * 24 + kMostRowTiles * 3 + 80;
+  const int barriers = 10 * 8, origins = 2 * 24;
+  config.shared_bytes = round_up(tiles + numbers + barriers + origins, 1024);
+  return config;
 }
 
 }  // namespace flash_dmattn::cuda

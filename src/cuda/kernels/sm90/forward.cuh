@@ -18,7 +18,7 @@ namespace flash_dmattn::cuda {
 
 template <HopperForwardOptions kOptions>
 struct HopperForward {
-  static constexpr HopperForwardConfig kConfig = hopper_forward_config(kOptions.head_dim, kOptions.test);
+  static constexpr HopperForwardConfig kConfig = hopper_forward_config(kOptions.head_dim, kOptions.test, kOptions.bias);
   static constexpr int kThreads = kConfig.threads(), kBlocksPerMultiprocessor = 1;
   static constexpr int kRows = kConfig.rows, kKeys = kConfig.keys, kStages = kConfig.stages, kDim = kConfig.dim;
   static constexpr int kConsumers = kConfig.consumers(), kChunks = kOptions.head_dim / 8;
@@ -31,21 +31,31 @@ struct HopperForward {
   struct KeyNumbers {
     float bias[kKeys];  // BiasKind::per_key
     int position[kKeys];
-    u32 test[kKeys * kTestWords];  // Interval::end or bits, where tested
+    u32 test[kTestWords * kKeys];  // where tested: the rows that see a key, first ones and ends, or its bits
   };
   /// A tile of rows, and how many tiles of keys it sees.
   struct Work {
-    int b = 0, unit = 0, run = 0;
+    int b = 0, unit = 0;
+    int first_query = 0, queries = 0;
     int tiles = -1;  // -1: there is no more work
     int tested = 0;  // the first that needs a test
     int whole = 0;   // how many have no entries beyond the end of the list
+  };
+  /// Where what a tile of rows needs is. It stands in shared memory, as registers are short.
+  struct Origins {
+    Work work;
+    KeyList list;
+    const u16 *query, *key, *value;  // query: the first row
+    const void* bias;                // BiasKind::per_key
   };
   /// The picture of shared memory.
   struct Shared {
     Panels<kRows, kConfig.panels()> query;
     Panels<kKeys, kConfig.panels()> key[kStages], value[kStages];
-    KeyNumbers numbers[kStages];  // of `key`
+    KeyNumbers numbers[kStages];                                        // of `key`
+    const void* row_bias[kOptions.bias == BiasKind::full ? kRows : 1];  // of key 0
     Barrier query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+    Origins origins;             // of what is copied
     Work work[2];                // the queries' and the last one's
     int is_far[4 * kConsumers];  // of each warp, for Softmax
   };
@@ -84,91 +94,116 @@ struct HopperForward {
     }
   }
 
-  /// How many tiles of keys have gone through the ring of stages; one register.
+  /// Where a tile of keys stands: stages are taken in turn, and each time the barriers have the other parity.
   struct Ring {
-    u32 count = 0;
-    int stage() const { return static_cast<int>(count % kStages); }
-    int parity() const { return static_cast<int>(count / kStages % 2); }
-    Ring before() const { return {count - 1}; }
+    int stage = 0, parity = 0;
+    void advance() {
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
   };
-  static_assert((kStages & (kStages - 1)) == 0);
+  /// Of a value that all threads of a warp have: the compiler then keeps it, and what follows from it, once for all.
+  static int uniform(int x) { return shuffle(x, 0); }
+
+  /// A row of a tile.
+  struct Row {
+    int query, head;  // counted from the tile's first
+  };
+  static Row row_at(const Params& params, int row) {
+    const int query = static_cast<int>(static_cast<u32>(row) * params.inverse_pack >> 16);
+    return {query, row - query * params.scores.shape.pack};
+  }
 
   struct Producer {
     const Params& params;
     Shared& shared;
-    const int thread;
     Ring ring;
     int position;  // of this thread's key of the next tile
     u32 bias;      // its bits
 
-    Producer(const Params& given, Shared& memory)
-        : params(given), shared(memory), thread(thread_index() % kWarpgroup) {}
+    Producer(const Params& given, Shared& memory) : params(given), shared(memory) {}
+
+    // Registers are scarce: where a thread is, is read anew.
+    static int thread() { return thread_index_anew() % kWarpgroup; }
 
     /// Blocks go there and back over all tiles of rows, longest lists first: each gets long ones and short ones.
     void run() {
-      const ScoresParams& scores = params.scores;
-      const int count = scores.plan.runs * scores.shape.units() * scores.shape.batch, blocks = grid_blocks();
-      int works = 0;
+      const u32 blocks = grid_blocks();
+      int round = 0;
 #pragma unroll 1
-      for (int round = 0; round * blocks < count; ++round) {
-        const int index = round * blocks + (round % 2 == 0 ? block_index() : blocks - 1 - block_index());
-        if (index >= count) continue;
-        const Place place(scores, index);
-        const KeyList list = scores.plan.list(scores.shape, place.b, place.unit, place.run);
-        copy(place, list, works++);
+      for (; true; ++round) {
+        const u32 block = block_index(), index = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+        if (index >= params.works) break;
+        sync_threads(kCopying, kWarpgroup);  // nobody reads the last origins
+        if (thread() == 0) find_origins(Place(params.scores, static_cast<int>(index)));
+        sync_threads(kCopying, kWarpgroup);
+        copy(round);
       }
-      announce(Work{}, works);
+      announce(Work{}, round);
       arrive_after_copies(shared.query_full);
+    }
+
+    void find_origins(const Place& place) {
+      const ScoresParams& scores = params.scores;
+      const KeyList list = scores.plan.list(scores.shape, place.b, place.unit, place.run);
+      const int kv_head = scores.shape.kv_head(place.unit), whole = list.count / kKeys;
+      Origins& origins = shared.origins;
+      origins.work = {.b = place.b,
+                      .unit = place.unit,
+                      .first_query = place.first_query,
+                      .queries = least(scores.plan.run, scores.shape.query_len - place.first_query),
+                      .tiles = whole + (list.count % kKeys != 0),
+                      .tested = least(list.full, list.count) / kKeys,
+                      .whole = whole};
+      origins.list = list;
+      origins.query = scores.query.template at<u16>(place.b, place.first_query, place.unit * scores.shape.pack);
+      origins.key = scores.key.template at<u16>(place.b, 0, kv_head);
+      origins.value = params.value.template at<u16>(place.b, 0, kv_head);
+      if constexpr (kHasKeyBias) origins.bias = Biases<T>(scores).row(place.b, place.unit * scores.shape.pack, 0);
     }
 
     /// As soon as the queries' place is free, which the work's place is then: the consumers have finished the last but
     /// one.
-    void announce(const Work& work, int works) {
-      wait(shared.query_empty, works % 2 ^ 1);
-      if (thread == 0) shared.work[works % 2] = work;
+    void announce(const Work& work, int round) {
+      wait(shared.query_empty, round % 2 ^ 1);
+      if (thread() == 0) shared.work[round % 2] = work;
       arrive(shared.query_full);
     }
 
-    void copy(const Place& place, const KeyList& list, int works) {
-      const int kv_head = params.scores.shape.kv_head(place.unit), tiles = divide_up(list.count, kKeys);
-      const u16* const key = params.scores.key.template at<u16>(place.b, 0, kv_head);
-      const u16* const value = params.value.template at<u16>(place.b, 0, kv_head);
-      const Work work{.b = place.b,
-                      .unit = place.unit,
-                      .run = place.run,
-                      .tiles = tiles,
-                      .tested = least(list.full, list.count) / kKeys,
-                      .whole = list.count / kKeys};
-      if (tiles > 0) fetch(place, list, 0);
+    void copy(int round) {
+      const int tiles = shared.origins.work.tiles;
+      if (tiles > 0) fetch(0);
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
-        KeyNumbers& numbers = shared.numbers[ring.stage()];
-        wait(shared.key_empty[ring.stage()], ring.parity() ^ 1);
-        if (thread < kKeys) {
-          numbers.position[thread] = position;
-          if constexpr (kHasKeyBias) numbers.bias[thread] = Biases<T>(params.scores).scaled(bias);
-          if (tile >= work.tested) copy_test(place, list, tile, numbers);
+        KeyNumbers& numbers = shared.numbers[ring.stage];
+        wait(shared.key_empty[ring.stage], ring.parity ^ 1);
+        if (const int key = thread(); key < kKeys) {
+          numbers.position[key] = position;
+          if constexpr (kHasKeyBias) numbers.bias[key] = Biases<T>(params.scores).scaled(bias);
+          if (tile >= shared.origins.work.tested) copy_test(tile, key, numbers);
         }
         sync_threads(kCopying, kWarpgroup);
-        copy_keys(shared.key[ring.stage()], key, params.scores.key.position, numbers);
-        arrive_after_copies(shared.key_full[ring.stage()]);
-        arrive(shared.key_full[ring.stage()]);
+        copy_keys(shared.key[ring.stage], shared.origins.key, params.scores.key.position, numbers);
+        arrive_after_copies(shared.key_full[ring.stage]);
+        arrive(shared.key_full[ring.stage]);
         // After the first keys, for whose place nobody waits while the last tile of rows is being finished.
-        if (tile == 0) copy_queries(place, work, works);
-        if (tile + 1 < tiles) fetch(place, list, tile + 1);
-        wait(shared.value_empty[ring.stage()], ring.parity() ^ 1);
-        copy_keys(shared.value[ring.stage()], value, params.value.position, numbers);
-        arrive_after_copies(shared.value_full[ring.stage()]);
-        ++ring.count;
+        if (tile == 0) copy_queries(round);
+        if (tile + 1 < tiles) fetch(tile + 1);
+        wait(shared.value_empty[ring.stage], ring.parity ^ 1);
+        copy_keys(shared.value[ring.stage], shared.origins.value, params.value.position, numbers);
+        arrive_after_copies(shared.value_full[ring.stage]);
+        ring.advance();
       }
-      if (tiles == 0) copy_queries(place, work, works);
+      if (tiles == 0) copy_queries(round);
     }
 
-    void copy_queries(const Place& place, const Work& work, int works) {
-      announce(work, works);
-      gather_rows<kChunks>(shared.query, thread, [&](int row) -> const u16* {
-        if (!place.has(row) || params.scores.logits.sign == 0) return nullptr;
-        return params.scores.query.template at<u16>(place.b, place.query_of(row), place.head_of(row));
+    void copy_queries(int round) {
+      announce(shared.origins.work, round);
+      const Rows& rows = params.scores.query;
+      const u16* const first = shared.origins.query;
+      const int queries = params.scores.logits.sign == 0 ? 0 : shared.origins.work.queries;
+      gather_rows<kChunks>(shared.query, thread(), [&](int index) {
+        const Row row = row_at(params, index);
+        return row.query < queries ? first + row.query * rows.position + row.head * rows.head : nullptr;
       });
       arrive_after_copies(shared.query_full);
     }
@@ -176,7 +211,7 @@ struct HopperForward {
     void copy_keys(Tile& to, const u16* from, i64 stride, const KeyNumbers& numbers) {
       // In bytes and 32 bits, an address is one instruction. make_scores refuses longer strides.
       const int bytes = static_cast<int>(stride) * 2;
-      gather_rows<kChunks>(to, thread, [&](int row) {
+      gather_rows<kChunks>(to, thread(), [&](int row) {
         return reinterpret_cast<const u16*>(reinterpret_cast<const char*>(from) +
                                             static_cast<i64>(numbers.position[row]) * bytes);
       });
@@ -184,25 +219,33 @@ struct HopperForward {
 
     /// What belongs to the keys of a tile: a thread looks after one key. Entries beyond the end of the list stand for
     /// the last one, and are masked.
-    void fetch(const Place& place, const KeyList& list, int tile) {
-      if (thread >= kKeys) return;
-      position = params.scores.plan.key(list, least(tile * kKeys + thread, list.count - 1));
-      if constexpr (kHasKeyBias) {
-        const Biases<T> biases(params.scores);
-        bias = biases.bits(biases.row(place.b, place.unit * params.scores.shape.pack, 0), position);
-      }
+    void fetch(int tile) {
+      const int key = thread();
+      if (key >= kKeys) return;
+      const KeyList& list = shared.origins.list;
+      const u32 entry = least<u32>(static_cast<u32>(tile) * kKeys + key, list.count - 1);
+      position = params.scores.plan.key(list, static_cast<int>(entry));
+      if constexpr (kHasKeyBias) bias = Biases<T>(params.scores).bits(shared.origins.bias, position);
     }
-    void copy_test(const Place& place, const KeyList& list, int tile, KeyNumbers& numbers) const {
+    void copy_test(int tile, int key, KeyNumbers& numbers) const {
       const Plan& plan = params.scores.plan;
-      const int entry = tile * kKeys + thread;
-      const bool exists = entry < list.count;
-      u32* const to = numbers.test + thread * kTestWords;
+      const Work& work = shared.origins.work;
+      const KeyList& list = shared.origins.list;
+      const u32 entry = static_cast<u32>(tile) * kKeys + key;
+      const bool exists = entry < static_cast<u32>(list.count);
       if constexpr (kHasBits) {
         // Nobody sees what is beyond the end of the list.
+        u32* const to = numbers.test + key * kTestWords;
         const u32* const from = plan.bits + (list.offset + (exists ? entry : 0)) * plan.words;
         for (int word = 0; word < plan.words; ++word) copy_async_4(to + word, from + word, exists);
       } else {
-        *to = exists ? plan.interval(place.b, place.unit, position).end : kSmallest;
+        const Interval seen = plan.interval(work.b, work.unit, position);
+        const i64 first = static_cast<i64>(work.first_query) + params.scores.shape.first_position();
+        const auto row_of = [&](int p) {
+          return static_cast<u32>(most<i64>(0, least<i64>(p - first, work.queries))) * params.scores.shape.pack;
+        };
+        numbers.test[key] = row_of(seen.start);
+        numbers.test[kKeys + key] = exists ? row_of(seen.end) : 0;
       }
     }
   };
@@ -214,77 +257,97 @@ struct HopperForward {
     const Params& params;
     Shared& shared;
     const int warpgroup;
-    Ring ring;
+    Ring ring, last;  // of the keys and the values that products take
     float out[1][kOutTiles][4];
     u32 probabilities[kKeys / 16][4];
 
     Consumer(const Params& given, Shared& memory)
-        : params(given), shared(memory), warpgroup(shuffle(thread_index() / kWarpgroup, 0)) {}
+        : params(given), shared(memory), warpgroup(uniform(thread_index() / kWarpgroup)) {}
 
     // Registers are scarce: where a thread is, is read anew.
     static int lane() { return thread_index_anew() % kWarp; }
     static int warp_row() { return thread_index_anew() / kWarp * 16; }  // its first of the tile
     static int row_of(int half) { return warp_row() + 8 * half + lane() / 4; }
-    Place place_of(const Work& work) const { return {params.scores, work.b, work.unit, work.run}; }
 
     void run() {
+      if (kConfig.turns && warpgroup == kConsumers - 1) arrive_threads(kTurn, 2 * kWarpgroup);
 #pragma unroll 1
       for (int works = 0; true; ++works) {
         wait(shared.query_full, works % 2);
         const Work& work = shared.work[works % 2];
-        if (work.tiles < 0) break;
-        Softmax<1> softmax(params.scores.logits.factor, shared.is_far[thread_index() / kWarp]);
+        const int tiles = uniform(work.tiles);
+        if (tiles < 0) break;
+        Softmax<1> softmax(params.scores.logits.factor, shared.is_far[thread_index_anew() / kWarp]);
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i) out[0][n][i] = 0;
-        if (work.tiles > 0) attend(work, softmax);
-        arrive(shared.query_empty);
+        if (tiles > 0) {
+          if constexpr (kOptions.bias == BiasKind::full) put_bias_rows(work);
+          attend(work, tiles, softmax);
+        } else {
+          arrive(shared.query_empty);
+        }
         write(work, softmax);
       }
+      if (kConfig.turns && warpgroup == 0) sync_threads(kTurn, 2 * kWarpgroup);
     }
 
-    void attend(const Work& work, Softmax<1>& softmax) {
+    // Warpgroups may take turns at issuing products: then one's exponentials run under the others' products.
+    void my_turn() const {
+      if constexpr (kConfig.turns) sync_threads(kTurn + warpgroup, 2 * kWarpgroup);
+    }
+    void next_turn() const {
+      if constexpr (kConfig.turns)
+        arrive_threads(kTurn + (warpgroup == kConsumers - 1 ? 0 : warpgroup + 1), 2 * kWarpgroup);
+    }
+
+    void attend(const Work& work, int tiles, Softmax<1>& softmax) {
+      const int tested = uniform(work.tested);
       Scores s;
       float scale[1][2];
-      wait(shared.key_full[ring.stage()], ring.parity());
+      wait(shared.key_full[ring.stage], ring.parity);
       fence_for_bulk();
+      fence_registers(reinterpret_cast<float (&)[kDim / 2]>(out));
       multiply_keys(s);
-      wait_products<0>();
-      finish(s, work, 0);
-      softmax.follow(s, scale);
-      softmax.exponentiate(s);
-      pack(s);
+      commit_products();  // no values yet
 #pragma unroll 1
-      for (int tile = 1; tile < work.tiles; ++tile) {
-        ++ring.count;
-        wait(shared.key_full[ring.stage()], ring.parity());
-        fence_for_bulk();
-        multiply_keys(s);
-        const Ring last = ring.before();
-        wait(shared.value_full[last.stage()], last.parity());
-        fence_for_bulk();
-        multiply_values(last.stage());
+      for (int tile = 0; true; ++tile) {
         wait_products<1>();
-        finish(s, work, tile);
+        finish(s, tile < work.whole, tile >= tested);
         const bool moves = softmax.follow(s, scale);
         softmax.exponentiate(s);
         wait_products<0>();
-        arrive(shared.value_empty[ring.before().stage()]);
+        if (tile > 0) arrive(shared.value_empty[last.stage]);
         if (moves) softmax.rescale(out, scale);
+        fence_registers(reinterpret_cast<float (&)[kKeys / 2]>(s));
         pack(s);
+        next_tile();
+        if (tile + 1 == tiles) break;
+        wait(shared.key_full[ring.stage], ring.parity);
+        fence_for_bulk();
+        my_turn();
+        multiply_keys(s);
+        multiply_values();
+        next_turn();
       }
-      wait(shared.value_full[ring.stage()], ring.parity());
+      arrive(shared.query_empty);
       fence_for_bulk();
-      multiply_values(ring.stage());
+      multiply_values();
       wait_products<0>();
-      arrive(shared.value_empty[ring.stage()]);
-      ++ring.count;
+      arrive(shared.value_empty[last.stage]);
+    }
+
+    /// From the last tile, whose values come before the next one's keys.
+    void next_tile() {
+      last = ring;
+      ring.advance();
+      wait(shared.value_full[last.stage], last.parity);
     }
 
     void multiply_keys(Scores& s) {
       auto& accumulators = reinterpret_cast<float (&)[kKeys / 2]>(s);
-      const Operand query = shared.query.rows(64 * warpgroup), key = shared.key[ring.stage()].rows();
+      const Operand query = shared.query.rows(64 * warpgroup), key = shared.key[ring.stage].rows();
       fence_products();
 #pragma unroll
       for (int step = 0; step < kDim / 16; ++step)
@@ -292,9 +355,9 @@ struct HopperForward {
                                                key + shared.key[0].along_columns(step), step > 0);
       commit_products();
     }
-    void multiply_values(int stage) {
+    void multiply_values() {
       auto& accumulators = reinterpret_cast<float (&)[kDim / 2]>(out);
-      const Operand value = shared.value[stage].transposed();
+      const Operand value = shared.value[last.stage].transposed();
       fence_products();
 #pragma unroll
       for (int step = 0; step < kKeys / 16; ++step)
@@ -303,37 +366,45 @@ struct HopperForward {
     }
 
     /// Products to scores; after it the tile of keys is not needed any more.
-    void finish(Scores& s, const Work& work, int tile) {
-      const KeyNumbers& numbers = shared.numbers[ring.stage()];
+    void finish(Scores& s, bool is_whole, bool is_tested) {
+      const KeyNumbers& numbers = shared.numbers[ring.stage];
       if constexpr (kOptions.softcap) cap_scores(s, params.scores.logits);
       if constexpr (kHasKeyBias) add_key_biases(s, numbers.bias, lane());
-      if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, work, numbers, tile < work.whole);
-      if (tile >= work.tested) mask(s, work, numbers);
-      arrive(shared.key_empty[ring.stage()]);
+      if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, numbers, is_whole);
+      if (is_tested) mask(s, numbers);
+      arrive(shared.key_empty[ring.stage]);
     }
 
-    void add_full_bias(Scores& s, const Work& work, const KeyNumbers& numbers, bool is_whole) {
-      const Place place = place_of(work);
+    /// Where the biases of this warp's rows begin.
+    void put_bias_rows(const Work& work) {
+      const Biases<T> biases(params.scores);
+      sync_warp();
+      if (lane() < 16) {
+        const Row row = row_at(params, warp_row() + lane());
+        const bool exists = row.query < work.queries;
+        shared.row_bias[warp_row() + lane()] =
+            biases.row(work.b, work.unit * params.scores.shape.pack + (exists ? row.head : 0),
+                       work.first_query + (exists ? row.query : 0));
+      }
+      sync_warp();
+    }
+    void add_full_bias(Scores& s, const KeyNumbers& numbers, bool is_whole) {
       const Biases<T> biases(params.scores);
       const bool by_pairs = !params.scores.plan.positions && is_whole && biases.are_pairs();
-      biases.add(s, numbers.position + lane() % 4 * 2, by_pairs, [&](int, int half) {
-        const int row = place.has(row_of(half)) ? row_of(half) : 0;
-        return biases.row(place.b, place.head_of(row), place.query_of(row));
-      });
+      biases.add(s, numbers.position + lane() % 4 * 2, by_pairs,
+                 [&](int, int half) { return shared.row_bias[row_of(half)]; });
     }
 
-    void mask(Scores& s, const Work& work, const KeyNumbers& numbers) {
-      const Place place = place_of(work);
-      const Plan& plan = params.scores.plan;
+    void mask(Scores& s, const KeyNumbers& numbers) {
       int at[1][2];
       if constexpr (kHasBits) {
-        const int first = place.query_of(warp_row());
-        for (int half = 0; half < 2; ++half) at[0][half] = place.query_of(row_of(half)) - first;
-        mask_by_bits<kTestWords>(s, lane(), at, first - place.first_query, plan.words, numbers.test);
+        const int first = row_at(params, warp_row()).query;
+        for (int half = 0; half < 2; ++half) at[0][half] = row_at(params, row_of(half)).query - first;
+        mask_by_bits<kTestWords>(s, lane(), at, first, params.scores.plan.words, numbers.test);
       } else {
-        for (int half = 0; half < 2; ++half)
-          at[0][half] = place.query_of(row_of(half)) + params.scores.shape.first_position();
-        mask_by_intervals(s, lane(), at, plan.is_causal, numbers.position, numbers.test);
+        for (int half = 0; half < 2; ++half) at[0][half] = row_of(half);
+        const int* const starts = reinterpret_cast<const int*>(numbers.test);
+        mask_by_intervals(s, lane(), at, true, starts, numbers.test + kKeys);
       }
     }
 
@@ -349,18 +420,16 @@ struct HopperForward {
     }
 
     void write(const Work& work, Softmax<1>& softmax) {
-      const Place place = place_of(work);
-
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = row_of(half);
+        const Row row = row_at(params, row_of(half));
         float sum = quad_sum(softmax.sum[0][half]), scale = fast_reciprocal(sum);
-        if (!place.has(row)) continue;
-        const int q = place.query_of(row), h = place.head_of(row);
-        if (sum == 0 || params.scores.plan.is_hidden(place.b, place.unit, q)) scale = sum = 0;
+        if (row.query >= work.queries) continue;
+        const int q = work.first_query + row.query, h = work.unit * params.scores.shape.pack + row.head;
+        if (sum == 0 || params.scores.plan.is_hidden(work.b, work.unit, q)) scale = sum = 0;
         if (lane() % 4 == 0)
-          *params.lse.at(place.b, h, q) = natural_lse(softmax.finite_reference(0, half) * softmax.factor, sum);
-        u32* const to = reinterpret_cast<u32*>(params.out.template at<u16>(place.b, q, h)) + lane() % 4;
+          *params.lse.at(work.b, h, q) = natural_lse(softmax.finite_reference(0, half) * softmax.factor, sum);
+        u32* const to = reinterpret_cast<u32*>(params.out.template at<u16>(work.b, q, h)) + lane() % 4;
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n)
           if (kDim == kOptions.head_dim || n < kChunks)

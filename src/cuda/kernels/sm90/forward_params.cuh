@@ -20,6 +20,7 @@ struct HopperForwardConfig {
   int stages;          ///< tiles of keys in shared memory
   int registers;       ///< of a thread that computes
   int copy_registers;  ///< of one that copies
+  bool turns = true;   ///< warpgroups take turns at issuing products
   int shared_bytes = 0;
 
   constexpr int consumers() const { return rows / 64; }
@@ -29,30 +30,33 @@ struct HopperForwardConfig {
 
 /// Words of bits that a run of at most 192 positions has for each key.
 constexpr int kMostHopperWords = 6;
-constexpr int hopper_test_words(Test test) { return test == Test::interval ? 1 : kMostHopperWords; }
+constexpr int hopper_test_words(Test test) { return test == Test::interval ? 2 : kMostHopperWords; }
 
 /// The accumulators of 64 x dim output, 64 x keys scores and their probabilities must fit a warpgroup's registers: more
 /// rows take fewer bytes of keys for each product, and leave fewer registers.
-constexpr HopperForwardConfig hopper_forward_config(int head_dim, Test test) {
+constexpr HopperForwardConfig hopper_forward_config(int head_dim, Test test, BiasKind bias) {
   const auto make = [&](int dim, int rows, int keys, int stages) {
-    HopperForwardConfig config{head_dim, dim, rows, keys, stages, rows == 192 ? 160 : 232, rows == 192 ? 32 : 40};
+    HopperForwardConfig config{head_dim, dim, rows, keys, stages, rows == 192 ? 160 : 224, rows == 192 ? 32 : 56};
     const int tiles = (rows + 2 * stages * keys) * config.panels() * 128;
     const int numbers = stages * keys * (2 + hopper_test_words(test)) * 4,
-              others = (2 + 4 * stages) * 8 + 2 * 24 + 12 * 4;
+              others = rows * 8 + (2 + 4 * stages) * 8 + 2 * 28 + 12 * 4 + 80;
     config.shared_bytes = round_up(tiles + numbers + others, 1024);
     return config;
   };
-  if (head_dim <= 64) return make(64, 192, 128, 2);
-  if (head_dim <= 96) return make(96, 192, 96, 2);
-  if (head_dim <= 128) return make(128, 192, 80, 2);
+  const bool is_full = bias == BiasKind::full;  // its addresses take registers
+  if (head_dim <= 64) return is_full ? make(64, 128, 128, 4) : make(64, 192, 128, 4);
+  if (head_dim <= 96) return is_full ? make(96, 128, 96, 3) : make(96, 192, 96, 3);
+  if (head_dim <= 128) return is_full ? make(128, 128, 96, 3) : make(128, 192, 80, 4);
   if (head_dim <= 192) return make(192, 128, 96, 2);
-  return make(256, 128, 64, 2);
+  return is_full ? make(256, 128, 32, 4) : make(256, 128, 64, 2);
 }
 
 struct HopperForwardParams {
   ScoresParams scores;
   Rows value, out;
   RowNumbers lse;
+  u32 works;         ///< tiles of rows
+  u32 inverse_pack;  ///< row / pack is  row * inverse_pack >> 16
 };
 
 }  // namespace flash_dmattn::cuda

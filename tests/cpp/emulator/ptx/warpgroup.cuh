@@ -47,6 +47,9 @@ void wait_products() {
   emulator::wait_products(kPending);
 }
 
+template <int kCount>
+void fence_registers(float (&)[kCount]) {}
+
 namespace emulator {
 
 template <class T, int kColumns>
