@@ -7,7 +7,7 @@
 #include "kernel_list.h"
 #include "reference.h"
 #include "sm80/backward.cuh"
-#include "sm80/backward_rows.cuh"
+#include "attention/backward_rows.cuh"
 #include "sm80/combine.cuh"
 #include "sm80/forward.cuh"
 #include "sm80/probabilities.cuh"
@@ -59,7 +59,7 @@ constexpr Kind kKinds[] = {KINDS(LIST)};
   BACKWARD(arch, head_dim, number, test, bias, softcap, true)                                \
   BACKWARD(arch, head_dim, number, test, BiasKind::full, softcap, false)                     \
   BACKWARD(arch, head_dim, number, test, BiasKind::full, softcap, true)                      \
-  EMULATE(WriteQueryGradient<QueryGradientOptions{arch, head_dim, number}>);
+  EMULATE(WriteQueryGradient<QueryGradientOptions{arch, head_dim, number, false}>);
 KINDS(PASSES)
 
 #define OF_NUMBERS(number)                      \

@@ -1,7 +1,11 @@
 // The backward pass on emulated GPUs, against float64 loops.
+#include <algorithm>
+
+#include "attention/backward_rows.cuh"
 #include "check.h"
 #include "emulator.h"
 #include "flash_dmattn/cuda.h"
+#include "flash_dmattn/cuda_kernels.h"
 #include "layout/copy_rows.cuh"
 #include "layout/repeat.cuh"
 #include "mask/plan_bits.cuh"
@@ -9,7 +13,7 @@
 #include "mask/plan_survivors.cuh"
 #include "random_inputs.h"
 #include "sm80/backward.cuh"
-#include "sm80/backward_rows.cuh"
+#include "sm90/backward.cuh"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -23,14 +27,22 @@ BACKWARD(86, 72, Number::float16, Test::bits, BiasKind::full, true, false);
 BACKWARD(80, 72, Number::float16, Test::bits, BiasKind::full, false, true);
 BACKWARD(90, 256, Number::bfloat16, Test::interval, BiasKind::per_key, false, false);
 BACKWARD(80, 144, Number::bfloat16, Test::interval, BiasKind::none, false, true);
+#define HOPPER_BACKWARD(...) EMULATE(HopperBackward<BackwardOptions{__VA_ARGS__}>)
+HOPPER_BACKWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::none, false, false);
+HOPPER_BACKWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, false, false);
+HOPPER_BACKWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, false, true);
+HOPPER_BACKWARD(90, 72, Number::float16, Test::bits, BiasKind::per_key, true, false);
+HOPPER_BACKWARD(90, 72, Number::float16, Test::bits, BiasKind::per_key, true, true);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16, true}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 72, Number::float16, true}>);
 EMULATE(BackwardRows<Number::float16>);
 EMULATE(BackwardRows<Number::bfloat16>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 8, Number::bfloat16}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{86, 72, Number::float16}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{80, 72, Number::float16}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 256, Number::bfloat16}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{80, 144, Number::bfloat16}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 8, Number::bfloat16, false}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16, false}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{86, 72, Number::float16, false}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{80, 72, Number::float16, false}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 256, Number::bfloat16, false}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{80, 144, Number::bfloat16, false}>);
 EMULATE(WriteKeyGradients<Number::float16>);
 EMULATE(WriteKeyGradients<Number::bfloat16>);
 EMULATE(WriteBiasGradient<Number::float16>);
@@ -49,6 +61,13 @@ Tensor<3> dynamic_end(const Tensor<3>& score, std::int64_t keep_window_size, std
   flash_dmattn::make_dynamic_mask({score, {}, keep_window_size, query_len, true}, end, {}, {.count = 1, .run = {}});
   return end;
 }
+
+/// The family of kernels that calls in its scope take.
+Family current_family = Family::automatic;
+struct InFamily {
+  explicit InFamily(Family family) { set_family(current_family = family); }
+  ~InFamily() { set_family(current_family = Family::automatic); }
+};
 
 /// The forward pass is that of the float64 loops, rounded.
 struct Saved {
@@ -80,6 +99,9 @@ void check_backward(const Inputs& in, Random& random, int arch = 90, bool determ
   const Saved saved(in, random, with_grad_lse);
   EmulatedStream stream(arch);
   const Gradients got = run(in, saved, deterministic, stream);
+  const auto is_hopper = [](const std::string& name) { return name.rfind("HopperBackward", 0) == 0; };
+  CHECK_EQUAL(std::any_of(stream.launched().begin(), stream.launched().end(), is_hopper),
+              current_family == Family::hopper);
   const auto [gradient, magnitude] = attention_gradient(in, saved.grad_out, saved.grad_lse);
   const auto close = [&](const char* what, const auto& g, const auto& e, double scale) {
     const double off = difference(g, e) / (scale * (in.query.dtype == DType::float16 ? 4e-3 : 3e-2));
@@ -153,6 +175,53 @@ TEST(cuda_backward_of_wide_heads) {
   in.bias = normal(random, DType::float32, {1, 2, 1, 140});
   check_backward(in, random);
   check_backward(make_inputs(random, {2, 150, 100, 2, 2, 144}, DType::bfloat16, true), random, 80, true);
+}
+
+TEST(hopper_backward_of_spans) {
+  Random random(6);
+  const InFamily family(Family::hopper);
+  for (const bool is_causal : {false, true})
+    for (const Sizes& n : {Sizes{2, 200, 200, 2, 2, 128}, Sizes{1, 130, 77, 6, 2, 128}, Sizes{1, 140, 300, 2, 1, 125}})
+      check_backward(make_inputs(random, n, DType::bfloat16, is_causal), random, 90, false, is_causal);
+}
+
+TEST(hopper_backward_with_a_bias_of_keys) {
+  Random random(7);
+  const InFamily family(Family::hopper);
+  for (const bool deterministic : {false, true})
+    for (const auto& size : {Index<4>{1, 2, 1, 150}, Index<4>{2, 4, 1, 150}, Index<4>{2, 1, 1, 1}}) {
+      Inputs in = make_inputs(random, {2, 140, 150, 4, 2, 128}, DType::bfloat16, true);
+      in.bias = normal(random, size[1] == 2 ? DType::bfloat16 : DType::float32, size);
+      in.bias->set({0, 0, 0, 17}, -kInfinity);
+      check_backward(in, random, 90, deterministic, size[1] == 2);
+    }
+}
+
+TEST(hopper_backward_of_a_dynamic_mask) {
+  Random random(8);
+  const InFamily family(Family::hopper);
+  for (const bool deterministic : {false, true}) {
+    const Sizes n{1, 560, 560, 2, 1, 128};  // two runs
+    Inputs in = make_inputs(random, n, DType::bfloat16, true);
+    Tensor<3> score(DType::float32, {1, 1, n.K});
+    in.end = dynamic_end(score.fill([&] { return random.normal(); }), 60, n.Q);
+    in.bias = normal(random, DType::float32, {1, 1, 1, n.K});
+    check_backward(in, random, 90, deterministic);
+  }
+}
+
+// Heads share a mask by ones, twos and threes: tiles of rows begin between the heads of a position.
+TEST(hopper_backward_of_dense_masks) {
+  Random random(9);
+  const InFamily family(Family::hopper);
+  for (const std::int64_t group : {1, 2, 3})
+    for (const bool deterministic : {false, true}) {
+      Inputs in = make_inputs(random, {1, 150, 270, 2 * group, 2, 72}, DType::float16, true);
+      in.mask = Tensor<4>(DType::boolean, {1, 2, 150, 270}).fill([&] { return random.chance(0.3); });
+      in.bias = normal(random, DType::float16, {1, 2, 1, 270});
+      in.softcap = 3;
+      check_backward(in, random, 90, deterministic);
+    }
 }
 
 }  // namespace

@@ -1,9 +1,12 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 
+#include "attention/backward_rows_params.cuh"
 #include "core/check.h"
+#include "cuda/launch/family.h"
 #include "cuda/launch/kernel_list.h"
 #include "cuda/launch/options.h"
 #include "cuda/launch/plan.h"
@@ -11,27 +14,23 @@
 #include "cuda/launch/scores.h"
 #include "cuda/launch/sizes.h"
 #include "flash_dmattn/cuda.h"
-#include "sm80/backward_params.cuh"
 
 namespace flash_dmattn::cuda {
 
-static std::string text(const QueryTile& t) {
-  return options_text("QueryTile", t.rows, t.warps, t.column_groups, t.row_tiles, t.pairs);
-}
-
 namespace {
 
-constexpr const char* kRowsHeader = "sm80/backward_rows.cuh";
+constexpr const char* kRowsHeader = "attention/backward_rows.cuh";
 
-Kernel kernel(const BackwardOptions& o) {
-  return {"sm80/backward.cuh", "Backward<" +
-                                   options_text("BackwardOptions", o.arch, o.head_dim, o.number, o.test, o.bias,
-                                                o.softcap, o.deterministic) +
-                                   ">"};
+Kernel kernel(const BackwardOptions& o, bool is_hopper) {
+  return {
+      is_hopper ? "sm90/backward.cuh" : "sm80/backward.cuh",
+      (is_hopper ? "HopperBackward<" : "Backward<") +
+          options_text("BackwardOptions", o.arch, o.head_dim, o.number, o.test, o.bias, o.softcap, o.deterministic) +
+          ">"};
 }
 Kernel kernel(const QueryGradientOptions& o) {
-  return {kRowsHeader,
-          "WriteQueryGradient<" + options_text("QueryGradientOptions", o.head_dim, o.number, o.tile) + ">"};
+  return {kRowsHeader, "WriteQueryGradient<" +
+                           options_text("QueryGradientOptions", o.arch, o.head_dim, o.number, o.is_hopper) + ">"};
 }
 Kernel rows_kernel(const char* name, Number number) {
   return {kRowsHeader, std::string(name) + "<" + text(number) + ">"};
@@ -84,7 +83,9 @@ class Pass {
                  .bias = bias_.kind,
                  .softcap = problem.softcap > 0,
                  .deterministic = deterministic},
-        blocks_(backward_config(options_.arch, options_.head_dim, options_.bias).blocks()),
+        is_hopper_(takes_hopper(problem)),
+        blocks_(is_hopper_ ? hopper_backward_config(options_.head_dim).blocks()
+                           : backward_config(options_.arch, options_.head_dim, options_.bias).blocks()),
         shape_(make_shape(problem, kMostPack)) {
     if (bias_.per_query_head || (deterministic && bias_.is_shared)) shape_.pack = 1;
     shape_.head_dim = options_.head_dim;
@@ -104,6 +105,15 @@ class Pass {
 
  private:
   static constexpr int kMostPack = 64;
+
+  bool takes_hopper(const Problem& problem) const {
+    // The warps that copy rows have few registers: addresses within a run in 32 bits.
+    const auto is_near = [](const View<4>& rows) {
+      return std::abs(rows.stride[1]) * 512 + std::abs(rows.stride[2]) * 64 < (std::int64_t{1} << 31);
+    };
+    return options_.arch == 90 && family() == Family::hopper && has_hopper_backward(options_.head_dim) &&
+           options_.bias != BiasKind::full && is_near(problem.query) && is_near(output_gradient_.out);
+  }
 
   void allocate_sums() {
     const i64 query = row_tiles_ * blocks_.query_tile.size();
@@ -206,8 +216,8 @@ class Pass {
       stream_.zero(params.ticket, count * sizeof(int));
     }
     const i64 groups = divide_up_wide(lists, params.group);
-    stream_.launch(kernel(options_), {static_cast<unsigned>(groups * params.group * params.key_tiles)}, blocks_.threads,
-                   blocks_.shared_bytes, params);
+    stream_.launch(kernel(options_, is_hopper_), {static_cast<unsigned>(groups * params.group * params.key_tiles)},
+                   blocks_.threads, blocks_.shared_bytes, params);
   }
 
   void write_gradients() {
@@ -215,7 +225,7 @@ class Pass {
     const Rows query = aligned_output(input_gradient_.query, stream_),
                key = aligned_output(input_gradient_.key, stream_),
                value = aligned_output(input_gradient_.value, stream_);
-    const QueryGradientOptions query_options{options_.head_dim, options_.number, blocks_.query_tile};
+    const QueryGradientOptions query_options{options_.arch, options_.head_dim, options_.number, is_hopper_};
     stream_.launch(kernel(query_options), {static_cast<unsigned>(row_tiles_)}, kRowThreads,
                    query_gradient_shared_bytes(query_options),
                    QueryGradientParams{
@@ -283,6 +293,7 @@ class Pass {
   const BiasPass bias_;
   Stream& stream_;
   const BackwardOptions options_;
+  const bool is_hopper_;
   const BackwardBlocks blocks_;
   Shape shape_;
   int run_, runs_;
@@ -308,17 +319,22 @@ void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>
     for (const char* name : {"BackwardRows", "WriteKeyGradients", "WriteBiasGradient", "WriteRowBiasGradient"})
       kernels.push_back({rows_kernel(name, number), {selection.arch, static_cast<int>(number)}});
     for (const int head_dim : selection.head_dims) {
-      const QueryTile tile = backward_config(selection.arch, head_dim).query_tile();
-      kernels.push_back(
-          {kernel(QueryGradientOptions{head_dim, number, tile}), {selection.arch, head_dim, static_cast<int>(number)}});
+      for (const bool is_hopper : {false, true})
+        if (!is_hopper || (selection.arch == 90 && has_hopper_backward(head_dim)))
+          kernels.push_back({kernel(QueryGradientOptions{selection.arch, head_dim, number, is_hopper}),
+                             {selection.arch, head_dim, static_cast<int>(number), is_hopper}});
       for (const Test test : {Test::interval, Test::bits})
         for (const BiasKind bias : {BiasKind::none, BiasKind::per_key, BiasKind::full})
           for (const bool softcap : {false, true})
             for (const bool deterministic : {false, true})
-              kernels.push_back(
-                  {kernel(BackwardOptions{selection.arch, head_dim, number, test, bias, softcap, deterministic}),
-                   {selection.arch, head_dim, static_cast<int>(number), static_cast<int>(test), static_cast<int>(bias),
-                    softcap, deterministic}});
+              for (const bool is_hopper : {false, true}) {
+                if (is_hopper && (selection.arch != 90 || !has_hopper_backward(head_dim) || bias == BiasKind::full))
+                  continue;
+                const BackwardOptions o{selection.arch, head_dim, number, test, bias, softcap, deterministic};
+                kernels.push_back({kernel(o, is_hopper),
+                                   {o.arch, head_dim, static_cast<int>(number), static_cast<int>(test),
+                                    static_cast<int>(bias), softcap, deterministic}});
+              }
     }
   }
 }

@@ -67,8 +67,4 @@ constexpr BackwardConfig backward_config(int arch, int head_dim, BiasKind bias =
   return {};
 }
 
-constexpr int query_gradient_shared_bytes(const QueryGradientOptions& options) {
-  return options.tile.rows * tile_pitch(round_up(options.head_dim, 16)) * 2;
-}
-
 }  // namespace flash_dmattn::cuda

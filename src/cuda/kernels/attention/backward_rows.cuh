@@ -1,10 +1,10 @@
 // Before and after the backward pass: what it needs to know of each row, and the way of its float32 sums to the
 // outputs.
 #pragma once
+#include "attention/backward_rows_params.cuh"
 #include "ptx/block.cuh"
 #include "ptx/number.cuh"
 #include "ptx/warp.cuh"
-#include "sm80/backward_params.cuh"
 #include "sm80/tiles.cuh"
 
 namespace flash_dmattn::cuda {
@@ -63,7 +63,7 @@ struct BackwardRows {
 /// dQ, whose sums stand as the threads of Backward held them: a block restores one tile of rows.
 template <QueryGradientOptions kOptions>
 struct WriteQueryGradient {
-  static constexpr QueryTile kTile = kOptions.tile;
+  static constexpr QueryTile kTile = query_tile(kOptions);
   static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 2;
   using Params = QueryGradientParams;
   using T = typename TypeOf<kOptions.number>::type;

@@ -1,0 +1,74 @@
+// Before and after the backward pass: the parameters.
+#pragma once
+#include "attention/backward_params.cuh"
+#include "sm80/backward_params.cuh"
+#include "sm90/backward_params.cuh"
+
+namespace flash_dmattn::cuda {
+
+/// What the pass needs to know of each row.
+struct BackwardRowsParams {
+  Shape shape;
+  int run, runs;
+  Rows out, grad_out;
+  RowNumbers lse, grad_lse;   ///< grad_lse: its data null where there is none
+  float *base_2_lse, *delta;  ///< (B, units, runs * run, pack): +inf where the row sees nothing; sum(out * dO) - dLse
+};
+/// Threads that have a row of BackwardRows.
+constexpr int lanes_of_row(int head_dim) {
+  int lanes = 1;
+  while (lanes < 32 && lanes * 8 < head_dim) lanes *= 2;
+  return lanes;
+}
+constexpr int kRowThreads = 256;  ///< of the kernels before and after the pass
+
+struct QueryGradientOptions {
+  int arch, head_dim;
+  Number number;
+  bool is_hopper;  ///< the sums are those of HopperBackward
+};
+constexpr QueryTile query_tile(const QueryGradientOptions& options) {
+  return options.is_hopper ? hopper_backward_config(options.head_dim).query_tile()
+                           : backward_config(options.arch, options.head_dim).query_tile();
+}
+constexpr int query_gradient_shared_bytes(const QueryGradientOptions& options) {
+  return query_tile(options).rows * tile_pitch(round_up(options.head_dim, 16)) * 2;
+}
+struct QueryGradientParams {
+  Shape shape;
+  int run, runs;
+  const float* sums;
+  Rows out;
+  float scale;
+};
+
+struct KeyGradientsParams {
+  Shape shape;
+  int padded_dim;
+  const float *grad_key, *grad_value;
+  Rows key_out, value_out;
+  float scale;
+};
+
+/// out[b, h, q, k] = the sum of `batches` x `heads` elements of `sums`.
+struct BiasGradientParams {
+  const float* sums;
+  i64 sums_batch, sums_head, sums_query, sums_key;  ///< strides
+  int batches, heads;                               ///< that are summed into one
+  int size[4];
+  void* out;
+  i64 stride[4];
+  int is_float32;
+};
+
+/// The gradient of a bias that is the same for all keys: it moves only lse.
+struct RowBiasGradientParams {
+  Shape shape;
+  RowNumbers lse, grad_lse;
+  int size[3];  ///< of the bias: (B | 1, 1 | Hk | H, 1 | Q)
+  void* out;
+  i64 stride[3];
+  int is_float32;
+};
+
+}  // namespace flash_dmattn::cuda
