@@ -367,12 +367,13 @@ def host() -> Rows:
     }
     for name, call in calls.items():
         samples = []
-        for _ in range(20):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(50):
-                call()
-            samples.append((time.perf_counter() - start) / 50)
+        with torch.no_grad():
+            for _ in range(20):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(50):
+                    call()
+                samples.append((time.perf_counter() - start) / 50)
         yield quantity(f"host time per call, {name}", 1e6 * statistics.median(samples[1:]), "µs")
 
 
@@ -391,7 +392,7 @@ def attend(length, **options):
     torch.cuda.synchronize()
     return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 one = torch.ones(1, device="cuda", requires_grad=True)
-torch.autograd.grad(one * one, one)  # PyTorch's own first time
+torch.autograd.grad(one * one, one, one)  # PyTorch's own first time: with a gradient given, it imports much
 print(*attend(512), *attend(768))
 """
 

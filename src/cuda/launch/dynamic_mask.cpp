@@ -214,9 +214,9 @@ void make_dynamic_mask(const DynamicMask& mask, const View<3>& end, const std::o
                   kKeepThreads / 32 * 4,
                   KeepAllParams{make_keys(mask), ends, rows, static_cast<int>(chunk), static_cast<int>(chunks)});
   else if (mask.score.dtype == DType::float64)
-    DynamicMaskMaker<u64>(mask, ends, rows, stream).make();
+    stream.together([&] { DynamicMaskMaker<u64>(mask, ends, rows, stream).make(); });
   else
-    DynamicMaskMaker<u32>(mask, ends, rows, stream).make();
+    stream.together([&] { DynamicMaskMaker<u32>(mask, ends, rows, stream).make(); });
 }
 
 void select_keys(const View<4>& score, const std::optional<View<4>>& visible, std::int64_t keep_window_size,
