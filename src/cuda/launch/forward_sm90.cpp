@@ -33,7 +33,7 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
                                      .test = test_of(problem),
                                      .bias = bias_kind(problem),
                                      .softcap = problem.softcap > 0};
-  const HopperForwardConfig config = hopper_forward_config(options.head_dim, options.test, options.bias);
+  const HopperForwardConfig config = hopper_forward_config(options);
   Shape shape = make_shape(problem, config.rows);
   shape.head_dim = options.head_dim;
   const MadePlan made = make_plan(problem, shape, config.rows / shape.pack, stream);

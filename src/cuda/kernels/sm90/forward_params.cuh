@@ -34,17 +34,18 @@ constexpr int hopper_test_words(Test test) { return test == Test::interval ? 2 :
 
 /// The accumulators of 64 x dim output, 64 x keys scores and their probabilities must fit a warpgroup's registers: more
 /// rows take fewer bytes of keys for each product, and leave fewer registers.
-constexpr HopperForwardConfig hopper_forward_config(int head_dim, Test test, BiasKind bias) {
+constexpr HopperForwardConfig hopper_forward_config(const HopperForwardOptions& options) {
+  const int head_dim = options.head_dim;
   const auto make = [&](int dim, int rows, int keys, int stages) {
     HopperForwardConfig config{head_dim, dim, rows, keys, stages, rows == 192 ? 160 : 224, rows == 192 ? 32 : 56};
     const int tiles = (rows + 2 * stages * keys) * config.panels() * 128;
-    const int numbers = stages * keys * (2 + hopper_test_words(test)) * 4,
+    const int numbers = stages * keys * (2 + hopper_test_words(options.test)) * 4,
               others = rows * 8 + (2 + 4 * stages) * 8 + 2 * 28 + 12 * 4 + 80;
     config.shared_bytes = round_up(tiles + numbers + others, 1024);
     return config;
   };
-  const bool is_full = bias == BiasKind::full;  // its addresses take registers
-  if (head_dim <= 64) return is_full ? make(64, 128, 128, 4) : make(64, 192, 128, 4);
+  const bool is_full = options.bias == BiasKind::full;  // its addresses take registers
+  if (head_dim <= 64) return is_full ? make(64, 128, 128, 4) : make(64, 192, options.softcap ? 96 : 128, 4);
   if (head_dim <= 96) return is_full ? make(96, 128, 96, 3) : make(96, 192, 96, 3);
   if (head_dim <= 128) return is_full ? make(128, 128, 96, 3) : make(128, 192, 80, 4);
   if (head_dim <= 192) return make(192, 128, 96, 2);
