@@ -1,16 +1,19 @@
 // Every pass of attention on emulated GPUs, against the float64 loops.
+#include <algorithm>
 #include <set>
 
+#include "attention/backward_rows.cuh"
 #include "check.h"
 #include "emulator.h"
 #include "flash_dmattn/cuda.h"
+#include "flash_dmattn/cuda_kernels.h"
 #include "kernel_list.h"
 #include "reference.h"
 #include "sm80/backward.cuh"
-#include "attention/backward_rows.cuh"
 #include "sm80/combine.cuh"
 #include "sm80/forward.cuh"
 #include "sm80/probabilities.cuh"
+#include "sm90/forward.cuh"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -27,18 +30,20 @@ struct Kind {
   bool softcap;
 };
 
-#define KINDS(KIND)                                                         \
-  KIND(90, 64, Number::bfloat16, Test::interval, BiasKind::none, false)     \
-  KIND(90, 64, Number::float16, Test::bits, BiasKind::full, false)          \
-  KIND(90, 24, Number::bfloat16, Test::interval, BiasKind::per_key, true)   \
-  KIND(90, 24, Number::float16, Test::interval, BiasKind::full, false)      \
-  KIND(80, 24, Number::bfloat16, Test::bits, BiasKind::none, true)          \
-  KIND(80, 64, Number::float16, Test::interval, BiasKind::per_key, false)   \
-  KIND(86, 24, Number::float16, Test::bits, BiasKind::per_key, false)       \
-  KIND(86, 24, Number::bfloat16, Test::interval, BiasKind::full, true)      \
-  KIND(90, 136, Number::bfloat16, Test::interval, BiasKind::per_key, false) \
-  KIND(86, 208, Number::bfloat16, Test::bits, BiasKind::none, false)        \
-  KIND(86, 128, Number::float16, Test::interval, BiasKind::none, false)     \
+#define HOPPER_KINDS(KIND)                                                \
+  KIND(90, 64, Number::bfloat16, Test::interval, BiasKind::none, false)   \
+  KIND(90, 64, Number::float16, Test::bits, BiasKind::full, false)        \
+  KIND(90, 24, Number::bfloat16, Test::interval, BiasKind::per_key, true) \
+  KIND(90, 24, Number::float16, Test::interval, BiasKind::full, false)    \
+  KIND(90, 136, Number::bfloat16, Test::interval, BiasKind::per_key, false)
+#define KINDS(KIND)                                                       \
+  HOPPER_KINDS(KIND)                                                      \
+  KIND(80, 24, Number::bfloat16, Test::bits, BiasKind::none, true)        \
+  KIND(80, 64, Number::float16, Test::interval, BiasKind::per_key, false) \
+  KIND(86, 24, Number::float16, Test::bits, BiasKind::per_key, false)     \
+  KIND(86, 24, Number::bfloat16, Test::interval, BiasKind::full, true)    \
+  KIND(86, 208, Number::bfloat16, Test::bits, BiasKind::none, false)      \
+  KIND(86, 128, Number::float16, Test::interval, BiasKind::none, false)   \
   KIND(80, 8, Number::float16, Test::bits, BiasKind::full, true)
 
 #define LIST(...) {__VA_ARGS__},
@@ -61,6 +66,8 @@ constexpr Kind kKinds[] = {KINDS(LIST)};
   BACKWARD(arch, head_dim, number, test, BiasKind::full, softcap, true)                      \
   EMULATE(WriteQueryGradient<QueryGradientOptions{arch, head_dim, number, false}>);
 KINDS(PASSES)
+#define HOPPER_PASSES(arch, ...) EMULATE(HopperForward<HopperForwardOptions{__VA_ARGS__}>);
+HOPPER_KINDS(HOPPER_PASSES)
 
 #define OF_NUMBERS(number)                      \
   EMULATE(Combine<CombineOptions{80, number}>); \
@@ -86,6 +93,15 @@ Tensor<4> normal(Random& random, DType dtype, Index<4> size, Index<4> order = {0
   return t.fill([&] { return random.normal(); });
 }
 
+/// While it lives, kernels are those of a family.
+struct InFamily {
+  explicit InFamily(Family family) { set_family(family); }
+  InFamily(const InFamily&) = delete;
+  InFamily& operator=(const InFamily&) = delete;
+  ~InFamily() { set_family(Family::automatic); }
+};
+const char* name_of(Family family) { return family == Family::hopper ? "hopper" : "generic"; }
+
 /// A problem, and what a GPU makes of its dynamic mask.
 struct Case {
   Inputs in;
@@ -94,6 +110,7 @@ struct Case {
   std::optional<Tensor<3>> grad_lse;
   Index<4> order{0, 1, 2, 3};  // of what the passes write
   bool is_odd = false;
+  Family family = Family::generic;  // of the forward pass
 
   Problem problem() const {
     Problem p = in.problem();
@@ -132,7 +149,10 @@ Saved run_forward(const Case& c, Stream& stream) {
   Saved r{empty(c, c.in.query),
           {DType::float32, {B, H, Q}, c.is_odd ? Index<3>{0, 2, 1} : Index<3>{0, 1, 2}},
           {c.in.query.dtype, {B, H, Q, c.in.key.size[1]}, c.order}};
-  forward(c.problem(), {r.out, r.lse}, stream);
+  {
+    const InFamily in_family(c.family);
+    forward(c.problem(), {r.out, r.lse}, stream);
+  }
   probabilities(c.problem(), r.lse, r.probs, stream);
   return r;
 }
@@ -187,6 +207,7 @@ Case random_case(Random& random, const Kind& kind, Stream& stream, std::string& 
   Case c;
   c.is_odd = random.chance(0.2);
   c.order = any_order();
+  if (kind.arch == 90 && random.chance(0.5)) c.family = Family::hopper;
   Inputs& in = c.in;
   in.query = normal(random, dtype, {n.B, n.Q, n.H, n.D}, any_order(), random.chance(0.2));
   in.key = normal(random, dtype, {n.B, n.K, n.Hk, n.D}, any_order(), random.chance(0.2));
@@ -257,9 +278,10 @@ Case random_case(Random& random, const Kind& kind, Stream& stream, std::string& 
     text << ", " << name;
     for (std::int64_t s : t->size) text << " " << s;
   };
-  text << "arch " << kind.arch << " " << name_of(dtype) << " B " << n.B << " Q " << n.Q << " K " << n.K << " H " << n.H
-       << " Hk " << n.Hk << " D " << n.D << " causal " << in.is_causal << " scale " << in.scale << " softcap "
-       << in.softcap << " multiprocessors " << stream.multiprocessors() << ", mask of " << mask_kind;
+  text << "arch " << kind.arch << " " << name_of(c.family) << " " << name_of(dtype) << " B " << n.B << " Q " << n.Q
+       << " K " << n.K << " H " << n.H << " Hk " << n.Hk << " D " << n.D << " causal " << in.is_causal << " scale "
+       << in.scale << " softcap " << in.softcap << " multiprocessors " << stream.multiprocessors() << ", mask of "
+       << mask_kind;
   size("mask", in.mask);
   size("bias", in.bias);
   if (in.bias) text << " " << name_of(in.bias->dtype);
@@ -281,6 +303,10 @@ void check_listed(const EmulatedStream& stream, const Kind& kind) {
     CHECK(listed.contains(name));
   }
 }
+bool has_launched(const EmulatedStream& stream, const std::string& kernel) {
+  const auto& names = stream.launched();
+  return std::any_of(names.begin(), names.end(), [&](const std::string& name) { return name.starts_with(kernel); });
+}
 
 // Each way to copy tiles of keys is there: while the tile before is worked at, or in halves.
 constexpr int stages_of(const Kind& kind, int rows) {
@@ -301,6 +327,7 @@ TEST(random_problems_on_a_gpu) {
       Context context("case " + std::to_string(seed) + ": " + description);
       check_against_reference(c, random.chance(0.5), stream);
       check_listed(stream, kind);
+      CHECK_EQUAL(has_launched(stream, "HopperForward<"), c.family == Family::hopper && c.in.scale >= 0);
     } catch (const std::exception& error) {
       Context context("case " + std::to_string(seed) + ": " + description);
       fail(__FILE__, __LINE__, error.what());
@@ -309,7 +336,7 @@ TEST(random_problems_on_a_gpu) {
 }
 
 /// A problem of the first kind, which has no bias, or of one with a bias of keys.
-constexpr Kind kPlain = kKinds[0], kBiased = kKinds[8], kDense = kKinds[1];
+constexpr Kind kPlain = kKinds[0], kBiased = kKinds[4], kDense = kKinds[1];
 
 Case make_case(Random& random, const Kind& kind, const Sizes& n, bool is_causal) {
   const DType dtype = kind.number == Number::float16 ? DType::float16 : DType::bfloat16;
@@ -408,11 +435,13 @@ TEST(queries_that_see_no_key_on_a_gpu) {
   Random random(3);
   const Sizes n{.B = 1, .Q = 70, .K = 45, .H = 4, .Hk = 2, .D = 64};
   const auto nothing = [](const Index<4>& size) { return Tensor<4>(DType::boolean, size).fill([] { return 0; }); };
-  for (const int what : {0, 1, 2, 3, 4, 5}) {
-    Context context("case " + std::to_string(what));
+  for (const int i : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}) {
+    const int what = i / 2;
+    Context context("case " + std::to_string(what) + (i % 2 == 0 ? "" : ", hopper"));
     const Kind& kind = what < 4 ? kPlain : what == 4 ? kDense : kBiased;
     EmulatedStream stream(kind.arch);
     Case c = make_case(random, kind, {n.B, n.Q, n.K, n.H, n.Hk, kind.head_dim}, what == 0);  // 0: causal with Q > K
+    if (i % 2 == 1) c.family = Family::hopper;
     if (what == 1) c.in.mask = nothing({1, 1, n.Q, 1});
     if (what == 2) c.in.mask = nothing({1, 1, 1, n.K});
     if (what == 3) c.in.end = Tensor<3>(DType::int32, {1, n.H, n.K}).fill([] { return -1000; });
@@ -471,6 +500,13 @@ TEST(large_numbers_on_a_gpu) {
           return name == "the lowest bias" ? -kLargest : random.normal();
         });
       }
+      if (kind.arch == 90) {
+        c.family = Family::hopper;
+        const Saved of_hopper = run_forward(c, stream);
+        CHECK(all_finite(of_hopper.out));
+        CHECK(kind.test == Test::bits || all_finite(of_hopper.lse));
+        c.family = Family::generic;
+      }
       const Saved saved = run_forward(c, stream);
       CHECK(all_finite(saved.out));
       CHECK(all_finite(saved.probs));
@@ -494,6 +530,7 @@ TEST(empty_tensors_on_a_gpu) {
         n.D = kBiased.head_dim;
         Case c = make_case(random, kBiased, n, is_causal);
         c.in.bias = normal(random, DType::float32, {n.B, 1, 1, n.K});
+        c.family = deterministic ? Family::hopper : Family::generic;  // of the other pass
         const Saved saved = run_forward(c, stream);
         const Gradient gradient = run_backward(c, saved, deterministic, stream);
         CHECK(all_equal(saved.out, 0) && all_equal(saved.lse, -kInfinity) && all_equal(gradient.query, 0));

@@ -34,9 +34,11 @@ struct Results {
 Results run(const Inputs& in, EmulatedStream& stream) {
   Results r{{in.query.dtype, in.query.size}, {DType::float32, {in.query.size[0], in.query.size[2], in.query.size[1]}}};
   r.out.fill([] { return kNaN; });
-  set_family(Family::hopper);
+  struct InFamily {
+    InFamily() { set_family(Family::hopper); }
+    ~InFamily() { set_family(Family::automatic); }
+  } in_family;
   forward(in.problem(), {r.out, r.lse}, stream);
-  set_family(Family::automatic);
   const bool is_hopper = std::any_of(stream.launched().begin(), stream.launched().end(),
                                      [](const std::string& name) { return name.rfind("HopperForward", 0) == 0; });
   CHECK_EQUAL(is_hopper, in.scale >= 0);
