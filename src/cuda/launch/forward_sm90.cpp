@@ -45,6 +45,8 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
                                    .out = out,
                                    .lse = row_numbers(output.lse),
                                    .works = static_cast<u32>(works),
+                                   .units = shape.units(),
+                                   .units_per_kv_head = shape.units() / shape.kv_heads,
                                    .inverse_pack = static_cast<u32>((1 << 16) / shape.pack + 1)};
   stream.launch(kernel(options), {static_cast<unsigned>(std::min<i64>(works, stream.multiprocessors()))},
                 config.threads(), config.shared_bytes, params);

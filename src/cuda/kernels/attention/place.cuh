@@ -9,15 +9,13 @@ struct Place {
   const ScoresParams& params;
   int b, unit, run, first_query;
 
-  Place(const ScoresParams& given, int index) : params(given) {
-    const int units = params.shape.units();
+  Place(const ScoresParams& given, int index) : Place(given, index, given.shape.units()) {}
+  Place(const ScoresParams& given, int index, int units) : params(given) {
     unit = index % units;
     b = index / units % params.shape.batch;
     run = params.plan.runs - 1 - index / units / params.shape.batch;
     first_query = run * params.plan.run;
   }
-  Place(const ScoresParams& given, int batch, int its_unit, int its_run)
-      : params(given), b(batch), unit(its_unit), run(its_run), first_query(its_run * given.plan.run) {}
   int query_of(int row) const { return first_query + row / params.shape.pack; }
   int head_of(int row) const { return unit * params.shape.pack + row % params.shape.pack; }
   bool has(int row) const {

@@ -117,8 +117,11 @@ struct HopperForward {
     const Params& params;
     Shared& shared;
     Ring ring;
-    int position;  // of this thread's key of the next tile
-    u32 bias;      // its bits
+    // Of this thread's key of the next tile.
+    int position;
+    u32 bias;             // its bits
+    Interval seen;        // where it is tested
+    int second_position;  // of the key after it, in the tile after that
 
     Producer(const Params& given, Shared& memory) : params(given), shared(memory) {}
 
@@ -134,7 +137,7 @@ struct HopperForward {
         const u32 block = block_index(), index = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
         if (index >= params.works) break;
         sync_threads(kCopying, kWarpgroup);  // nobody reads the last origins
-        if (thread() == 0) find_origins(Place(params.scores, static_cast<int>(index)));
+        if (thread() == 0) find_origins(Place(params.scores, static_cast<int>(index), params.units));
         sync_threads(kCopying, kWarpgroup);
         copy(round);
       }
@@ -145,7 +148,7 @@ struct HopperForward {
     void find_origins(const Place& place) {
       const ScoresParams& scores = params.scores;
       const KeyList list = scores.plan.list(scores.shape, place.b, place.unit, place.run);
-      const int kv_head = scores.shape.kv_head(place.unit), whole = list.count / kKeys;
+      const int kv_head = place.unit / params.units_per_kv_head, whole = list.count / kKeys;
       Origins& origins = shared.origins;
       origins.work = {.b = place.b,
                       .unit = place.unit,
@@ -171,7 +174,10 @@ struct HopperForward {
 
     void copy(int round) {
       const int tiles = shared.origins.work.tiles;
-      if (tiles > 0) fetch(0);
+      if (tiles > 0) {
+        fetch_position(0);
+        fetch(0);
+      }
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         KeyNumbers& numbers = shared.numbers[ring.stage];
@@ -217,29 +223,34 @@ struct HopperForward {
       });
     }
 
-    /// What belongs to the keys of a tile: a thread looks after one key. Entries beyond the end of the list stand for
-    /// the last one, and are masked.
-    void fetch(int tile) {
-      const int key = thread();
-      if (key >= kKeys) return;
+    // What belongs to the keys of a tile is fetched before it is needed: a thread looks after one key. Entries beyond
+    // the end of the list stand for the last one, and are masked.
+
+    void fetch_position(int tile) {
       const KeyList& list = shared.origins.list;
-      const u32 entry = least<u32>(static_cast<u32>(tile) * kKeys + key, list.count - 1);
-      position = params.scores.plan.key(list, static_cast<int>(entry));
+      const u32 entry = least<u32>(static_cast<u32>(tile) * kKeys + thread(), list.count - 1);
+      second_position = params.scores.plan.key(list, static_cast<int>(entry));
+    }
+    void fetch(int tile) {
+      if (thread() >= kKeys) return;
+      position = second_position;
       if constexpr (kHasKeyBias) bias = Biases<T>(params.scores).bits(shared.origins.bias, position);
+      const Work& work = shared.origins.work;
+      if (!kHasBits && tile >= work.tested) seen = params.scores.plan.interval(work.b, work.unit, position);
+      fetch_position(tile + 1);
     }
     void copy_test(int tile, int key, KeyNumbers& numbers) const {
-      const Plan& plan = params.scores.plan;
       const Work& work = shared.origins.work;
       const KeyList& list = shared.origins.list;
       const u32 entry = static_cast<u32>(tile) * kKeys + key;
       const bool exists = entry < static_cast<u32>(list.count);
       if constexpr (kHasBits) {
         // Nobody sees what is beyond the end of the list.
+        const Plan& plan = params.scores.plan;
         u32* const to = numbers.test + key * kTestWords;
         const u32* const from = plan.bits + (list.offset + (exists ? entry : 0)) * plan.words;
         for (int word = 0; word < plan.words; ++word) copy_async_4(to + word, from + word, exists);
       } else {
-        const Interval seen = plan.interval(work.b, work.unit, position);
         const i64 first = static_cast<i64>(work.first_query) + params.scores.shape.first_position();
         const auto row_of = [&](int p) {
           return static_cast<u32>(most<i64>(0, least<i64>(p - first, work.queries))) * params.scores.shape.pack;

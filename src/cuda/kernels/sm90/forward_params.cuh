@@ -56,7 +56,8 @@ struct HopperForwardParams {
   ScoresParams scores;
   Rows value, out;
   RowNumbers lse;
-  u32 works;         ///< tiles of rows
+  u32 works;  ///< tiles of rows
+  int units, units_per_kv_head;
   u32 inverse_pack;  ///< row / pack is  row * inverse_pack >> 16
 };
 
