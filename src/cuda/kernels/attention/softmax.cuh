@@ -45,12 +45,19 @@ struct Softmax {
   /// Far references are subtracted from the scores.
   template <int kColumnTiles, int kOutTiles>
   void follow(float (&score)[kRowTiles][kColumnTiles][4], float (&out)[kRowTiles][kOutTiles][4]) {
-    float scale[kRowTiles][2];
-    if (follow(score, scale)) rescale(out, scale);
+    move_references(score, [&](int m, int half, float scale) {
+#pragma unroll
+      for (int n = 0; n < kOutTiles; ++n) out[m][n][2 * half] *= scale, out[m][n][2 * half + 1] *= scale;
+    });
   }
   /// The same, but that it leaves `out` alone: if it is true, `out` has to be rescaled.
   template <int kColumnTiles>
   bool follow(float (&score)[kRowTiles][kColumnTiles][4], float (&scale)[kRowTiles][2]) {
+    return move_references(score, [&](int m, int half, float x) { scale[m][half] = x; });
+  }
+  /// rescale(m, half, scale): of what was summed of a row.
+  template <int kColumnTiles, class Rescale>
+  bool move_references(float (&score)[kRowTiles][kColumnTiles][4], const Rescale& rescale) {
     float highest[kRowTiles][2];
     bool grows = false;
 #pragma unroll
@@ -65,31 +72,34 @@ struct Softmax {
         // False for -inf - -inf.
         grows |= (highest[m][half] - reference[m][half]) * factor > kSlack;
       }
-    if (!is_far && ballot(grows) == 0) return false;
-    bool far = false;
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float x = maximum(highest[m][half], reference[m][half]);
-        scale[m][half] = x == -kInfinity ? 1.0f : fast_exp2((reference[m][half] - x) * factor);
-        reference[m][half] = x;
-        far |= finite_reference(m, half) * factor > kFar || finite_reference(m, half) * factor < -kFar;
-        sum[m][half] *= scale[m][half];
-      }
-    far = ballot(far) != 0;
-    sync_warp();
-    is_far = far;
-    sync_warp();
-    if (is_far) {
+    const bool moves = is_far || ballot(grows) != 0;
+    if (moves) {
+      bool far = false;
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n)
+        for (int half = 0; half < 2; ++half) {
+          const float x = maximum(highest[m][half], reference[m][half]);
+          const float scale = x == -kInfinity ? 1.0f : fast_exp2((reference[m][half] - x) * factor);
+          reference[m][half] = x;
+          far |= finite_reference(m, half) * factor > kFar || finite_reference(m, half) * factor < -kFar;
+          sum[m][half] *= scale;
+          rescale(m, half, scale);
+        }
+      far = ballot(far) != 0;
+      sync_warp();
+      is_far = far;
+      sync_warp();
+      if (is_far) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) score[m][n][i] -= finite_reference(m, i / 2);
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+          for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) score[m][n][i] -= finite_reference(m, i / 2);
+      }
     }
-    return true;
+    return moves;
   }
   template <int kOutTiles>
   static void rescale(float (&out)[kRowTiles][kOutTiles][4], const float (&scale)[kRowTiles][2]) {
