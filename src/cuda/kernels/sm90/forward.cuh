@@ -59,7 +59,8 @@ struct HopperForward {
     Work work[2];                // the queries' and the last one's
     int is_far[4 * kConsumers];  // of each warp, for Softmax
   };
-  static_assert(sizeof(Shared) <= kConfig.shared_bytes && kConfig.shared_bytes <= shared_capacity(90));
+  static_assert(kKeys <= kWarpgroup && sizeof(Shared) <= kConfig.shared_bytes &&
+                kConfig.shared_bytes <= shared_capacity(90));
 
   enum NamedBarrier { kCopying = 1, kTurn = 2 };
 
@@ -191,8 +192,8 @@ struct HopperForward {
         copy_keys(shared.key[ring.stage], shared.origins.key, params.scores.key.position, numbers);
         arrive_after_copies(shared.key_full[ring.stage]);
         arrive(shared.key_full[ring.stage]);
-        // After the first keys, for whose place nobody waits while the last tile of rows is being finished.
-        if (tile == 0) copy_queries(round);
+        // After what finds place while the last tile of rows is being finished.
+        if (tile == least(kStages, tiles) - 1) copy_queries(round);
         if (tile + 1 < tiles) fetch(tile + 1);
         wait(shared.value_empty[ring.stage], ring.parity ^ 1);
         copy_keys(shared.value[ring.stage], shared.origins.value, params.value.position, numbers);
