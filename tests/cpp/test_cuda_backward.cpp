@@ -33,6 +33,14 @@ HOPPER_BACKWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, fa
 HOPPER_BACKWARD(90, 128, Number::bfloat16, Test::interval, BiasKind::per_key, false, true);
 HOPPER_BACKWARD(90, 72, Number::float16, Test::bits, BiasKind::per_key, true, false);
 HOPPER_BACKWARD(90, 72, Number::float16, Test::bits, BiasKind::per_key, true, true);
+HOPPER_BACKWARD(90, 64, Number::bfloat16, Test::interval, BiasKind::none, false, false);
+HOPPER_BACKWARD(90, 64, Number::bfloat16, Test::interval, BiasKind::per_key, false, false);
+HOPPER_BACKWARD(90, 64, Number::bfloat16, Test::interval, BiasKind::per_key, false, true);
+HOPPER_BACKWARD(90, 24, Number::float16, Test::bits, BiasKind::full, true, false);
+HOPPER_BACKWARD(90, 96, Number::float16, Test::bits, BiasKind::full, false, true);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 64, Number::bfloat16, true}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 24, Number::float16, true}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 96, Number::float16, true}>);
 EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16, true}>);
 EMULATE(WriteQueryGradient<QueryGradientOptions{90, 72, Number::float16, true}>);
 EMULATE(BackwardRows<Number::float16>);
@@ -181,7 +189,8 @@ TEST(hopper_backward_of_spans) {
   Random random(6);
   const InFamily family(Family::hopper);
   for (const bool is_causal : {false, true})
-    for (const Sizes& n : {Sizes{2, 200, 200, 2, 2, 128}, Sizes{1, 130, 77, 6, 2, 128}, Sizes{1, 140, 300, 2, 1, 125}})
+    for (const Sizes& n : {Sizes{2, 200, 200, 2, 2, 128}, Sizes{1, 130, 77, 6, 2, 128}, Sizes{1, 140, 300, 2, 1, 125},
+                           Sizes{1, 300, 140, 3, 1, 64}})
       check_backward(make_inputs(random, n, DType::bfloat16, is_causal), random, 90, false, is_causal);
 }
 
@@ -190,7 +199,8 @@ TEST(hopper_backward_with_a_bias_of_keys) {
   const InFamily family(Family::hopper);
   for (const bool deterministic : {false, true})
     for (const auto& size : {Index<4>{1, 2, 1, 150}, Index<4>{2, 4, 1, 150}, Index<4>{2, 1, 1, 1}}) {
-      Inputs in = make_inputs(random, {2, 140, 150, 4, 2, 128}, DType::bfloat16, true);
+      const std::int64_t dim = size[0] == 1 ? 128 : 64;
+      Inputs in = make_inputs(random, {2, 140, 150, 4, 2, dim}, DType::bfloat16, true);
       in.bias = normal(random, size[1] == 2 ? DType::bfloat16 : DType::float32, size);
       in.bias->set({0, 0, 0, 17}, -kInfinity);
       check_backward(in, random, 90, deterministic, size[1] == 2);
@@ -208,6 +218,21 @@ TEST(hopper_backward_of_a_dynamic_mask) {
     in.bias = normal(random, DType::float32, {1, 1, 1, n.K});
     check_backward(in, random, 90, deterministic);
   }
+}
+
+TEST(hopper_backward_with_a_full_bias) {
+  Random random(10);
+  const InFamily family(Family::hopper);
+  for (const auto& size : {Index<4>{2, 4, 140, 150}, Index<4>{1, 2, 140, 150}, Index<4>{1, 1, 140, 150}})
+    for (const bool deterministic : {false, true}) {
+      Context context("bias of " + std::to_string(size[0]) + " x " + std::to_string(size[1]));
+      Inputs in = make_inputs(random, {2, 140, 150, 4, 2, deterministic ? 96 : 24}, DType::float16, true);
+      in.bias = normal(random, size[1] == 4 ? DType::float32 : DType::float16, size);
+      in.bias->set({0, 0, 3, 2}, -kInfinity);
+      in.mask = Tensor<4>(DType::boolean, {1, 2, 140, 150}).fill([&] { return random.chance(0.3); });
+      if (!deterministic) in.softcap = 3;
+      check_backward(in, random, 90, deterministic, size[0] == 1);
+    }
 }
 
 // Heads share a mask by ones, twos and threes: tiles of rows begin between the heads of a position.

@@ -112,7 +112,7 @@ class Pass {
       return std::abs(rows.stride[1]) * 512 + std::abs(rows.stride[2]) * 64 < (std::int64_t{1} << 31);
     };
     return options_.arch == 90 && family() == Family::hopper && has_hopper_backward(options_.head_dim) &&
-           options_.bias != BiasKind::full && is_near(problem.query) && is_near(output_gradient_.out);
+           is_near(problem.query) && is_near(output_gradient_.out);
   }
 
   void allocate_sums() {
@@ -328,8 +328,7 @@ void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>
           for (const bool softcap : {false, true})
             for (const bool deterministic : {false, true})
               for (const bool is_hopper : {false, true}) {
-                if (is_hopper && (selection.arch != 90 || !has_hopper_backward(head_dim) || bias == BiasKind::full))
-                  continue;
+                if (is_hopper && (selection.arch != 90 || !has_hopper_backward(head_dim))) continue;
                 const BackwardOptions o{selection.arch, head_dim, number, test, bias, softcap, deterministic};
                 kernels.push_back({kernel(o, is_hopper),
                                    {o.arch, head_dim, static_cast<int>(number), static_cast<int>(test),

@@ -235,13 +235,18 @@ struct BackwardBlock {
   /// use(n, i, row, half) for each of the thread's scores: accumulator [n][i], row of the run, which of its two keys.
   template <class Use>
   void each_score(int row_tile, const Use& use) const {
-    const int first = row_tile * kRows + warp_part * kPartRows + lane % 4 * 2;
+    // Where the thread is, is read anew: or what follows from its rows would stay in registers from one use to the
+    // next.
+    const int first = row_tile * kRows + warp_part * kPartRows + thread_index_anew() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) use(n, i, first + 8 * n + i % 2, i / 2);
   }
-  int key_of(int half) const { return warp_key + lane / 4 + 8 * half; }
+  int key_of(int half) const {
+    const int thread = thread_index_anew();
+    return thread / kWarp % kKeyGroups * 16 + thread % kWarp / 4 + 8 * half;
+  }
 
   /// Where the values of a full bias, or of its gradient, stand: of_row(row) + of_key(position).
   struct BiasOffsets {
@@ -258,8 +263,9 @@ struct BackwardBlock {
   /// numbers of 16 bits have room: those of accumulators [n][2 * half] and the next.
   template <class Slope>
   void exponentiate(Scores& s, const Slope& slope, int stage, int row_tile, bool is_tested) const {
-    const float* const lse = numbers.lse[stage] + warp_part * kPartRows + lane % 4 * 2;
-    const float bias[2] = {numbers.bias[key_of(0)], numbers.bias[key_of(1)]};
+    const float* const lse = numbers.lse[stage] + warp_part * kPartRows + thread_index_anew() % 4 * 2;
+    const float* const of_keys = numbers.bias + key_of(0);
+    const float bias[2] = {of_keys[0], of_keys[8]};
     if constexpr (kOptions.softcap) {
 #pragma unroll
       for (int n = 0; n < kColumnTiles; ++n)
@@ -321,7 +327,7 @@ struct BackwardBlock {
   /// From dP to dS.
   template <class Slope>
   void differentiate_softmax(Scores& ds, const Scores& p, const Slope& slope, int stage, int row_tile) const {
-    const float* const delta = numbers.delta[stage] + warp_part * kPartRows + lane % 4 * 2;
+    const float* const delta = numbers.delta[stage] + warp_part * kPartRows + thread_index_anew() % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll

@@ -8,6 +8,8 @@ namespace flash_dmattn::cuda {
 
 /// What this thread wrote to shared memory is seen by bulk copies and by wgmma, once it has told their issuer.
 __forceinline__ void fence_for_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+/// This thread's bulk copies from now on come after what it has seen happen in global memory.
+__forceinline__ void fence_global_for_bulk() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 /// Adds `bytes` of float32 to global memory.
 __forceinline__ void bulk_add(float* global, const float* shared, int bytes) {

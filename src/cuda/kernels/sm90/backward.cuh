@@ -38,6 +38,11 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
   static constexpr int kConsumerThreads = kConfig.kConsumers * kWarpgroup;
   static constexpr int kCopyThreads = 64;  // the warp after them adds dQ
   static constexpr QueryTile kQueryTile = kConfig.query_tile();
+  /// Which products run while the same warpgroup computes: dP beside P, and dV beside dS. There may be too few
+  /// registers for that; the other warpgroup's run anyway.
+  enum class Overlap { none, probabilities, both };
+  static constexpr bool kIsComplex = kOptions.softcap || kOptions.bias == BiasKind::full;
+  static constexpr Overlap kOverlap = kRows == 64 ? Overlap::both : kIsComplex ? Overlap::none : Overlap::probabilities;
   using KeyPanels = Panels<kKeys, kPanels>;
   using RowPanels = Panels<kRows, kPanels>;
   using ScorePanels = Panels<kKeys, kRows / 64>;
@@ -159,7 +164,10 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     for (int i = 0; i < numbers.tile_count; ++i) {
       const int tile = row_tile(i);
       wait(shared.grad_query_full, i % 2);
-      if constexpr (kOptions.deterministic) wait_for(query_turn(tile), work.tile);
+      if constexpr (kOptions.deterministic) {
+        wait_for(query_turn(tile), work.tile);
+        fence_global_for_bulk();
+      }
       bulk_add(params.grad_query + (work.row_tiles + tile) * kQueryTile.size(), shared.grad_query,
                kQueryTile.size() * 4);
       commit_bulk();
@@ -208,15 +216,30 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     };
     Scores grad_score;
     u32 operand[kRows / 16][4];
-    wait(shared.grad_out_full[stage], parity_of(i));
-    fence_for_bulk();
-    multiply_keys(grad_score, shared.value, shared.grad_out[stage], warpgroup);  // dP^T = V dO^T
-    wait_products<1>();
+    const auto multiply_values = [&] {  // dP^T = V dO^T
+      wait(shared.grad_out_full[stage], parity_of(i));
+      fence_for_bulk();
+      multiply_keys(grad_score, shared.value, shared.grad_out[stage], warpgroup);
+    };
+    if constexpr (kOverlap != Overlap::none) {
+      multiply_values();
+      wait_products<1>();
+    } else {
+      wait_products<0>();
+    }
     exponentiate(score, two, stage, tile, is_tested(i));
-    pack_operand(operand, score);
-    wait_products<0>();
-    add_rows(grad_value, operand, shared.grad_out[stage]);
-    differentiate_softmax(grad_score, score, two, stage, tile);
+    if constexpr (kOverlap == Overlap::none) multiply_values();
+    if constexpr (kOverlap == Overlap::both) {
+      pack_operand(operand, score);
+      wait_products<0>();
+      add_rows(grad_value, operand, shared.grad_out[stage]);
+      differentiate_softmax(grad_score, score, two, stage, tile);
+    } else {
+      wait_products<0>();
+      differentiate_softmax(grad_score, score, two, stage, tile);
+      pack_operand(operand, score);
+      add_rows(grad_value, operand, shared.grad_out[stage]);
+    }
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
@@ -250,17 +273,17 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
       multiply<T, kDim, Major::mn>(accumulators, a[step], b + RowPanels::along_rows(step), true);
     commit_products();
   }
-  /// dQ = dS K: the rows x the warpgroup's 64 columns, over the keys.
+  /// dQ = dS K: the warpgroup's rows x its columns, over the keys.
   void multiply_grad_scores(QuerySums& sums, const ScorePanels& scores, int warpgroup) {
-    auto& accumulators = reinterpret_cast<float (&)[32]>(sums);
-    const Operand a = scores.transposed();
-    const Operand b =
-        operand(shared.key.bytes + warpgroup * KeyPanels::kPanelBytes, KeyPanels::kPanelBytes, 8 * kPanelRowBytes);
+    constexpr int kColumns = kQueryTile.blocks() * 8;
+    auto& accumulators = reinterpret_cast<float (&)[kColumns / 2]>(sums);
+    const int row_panel = kConfig.cuts_rows() ? warpgroup : 0, column_panel = kConfig.cuts_rows() ? 0 : warpgroup;
+    const Operand a = scores.transposed(row_panel), b = shared.key.transposed(column_panel);
     fence_products();
 #pragma unroll
     for (int step = 0; step < kKeys / 16; ++step)
-      multiply<T, 64, Major::mn, Major::mn>(accumulators, a + ScorePanels::along_rows(step),
-                                            b + KeyPanels::along_rows(step), step > 0);
+      multiply<T, kColumns, Major::mn, Major::mn>(accumulators, a + ScorePanels::along_rows(step),
+                                                  b + KeyPanels::along_rows(step), step > 0);
     commit_products();
   }
   static void pack_operand(u32 (&a)[kRows / 16][4], const Scores& scores) {
@@ -278,7 +301,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     arrive(shared.query_empty[stage_of(i)]);
     arrive(shared.grad_out_empty[stage_of(i)]);
     wait(shared.grad_query_empty, i % 2 ^ 1);
-    const int slot = warp % 4 * 2 + warp / 4;  // as QueryTile says
+    const int slot = kConfig.cuts_rows() ? warp : warp % 4 * 2 + warp / 4;  // as QueryTile says
     float* const to = shared.grad_query + (slot * kQueryTile.blocks() * kWarp + lane) * 4;
     struct alignas(16) Four {
       float x[4];

@@ -16,16 +16,18 @@ struct HopperBackwardConfig {
 
   constexpr int panels() const { return divide_up(dim, 64); }
   constexpr BackwardTiles tiles() const { return {kKeys, rows, dim, 1, kStages}; }
-  /// A warpgroup has 64 of the columns.
-  constexpr QueryTile query_tile() const { return {rows, 8, 2, 1, 4}; }
+  /// A warpgroup has 64 of the rows and all columns, or all rows and 64 of the columns.
+  constexpr bool cuts_rows() const { return rows == 128; }
+  constexpr QueryTile query_tile() const { return {rows, 8, cuts_rows() ? 1 : 2, 1, cuts_rows() ? dim / 16 : 4}; }
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
-/// The sums of wider heads do not fit the registers; narrower ones would take a cut of dQ of their own.
-constexpr bool has_hopper_backward(int head_dim) { return head_dim > 64 && head_dim <= 128; }
+/// The sums of wider heads do not fit the registers.
+constexpr bool has_hopper_backward(int head_dim) { return head_dim <= 128; }
 
 constexpr HopperBackwardConfig hopper_backward_config(int head_dim) {
-  HopperBackwardConfig config{head_dim, head_dim <= 96 ? 96 : 128, 64};
+  const int dim = head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : 128;
+  HopperBackwardConfig config{head_dim, dim, dim <= 64 ? 128 : 64};
   const int tiles = (2 * config.kKeys + 2 * config.kStages * config.rows) * config.panels() * 128 +
                     2 * config.kKeys * config.rows * 2 + config.query_tile().size() * 4;
   const int numbers = config.kStages * config.rows * 8 + config.kKeys * 24 + kMostRowTiles * 3 + 80;

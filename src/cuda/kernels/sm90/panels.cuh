@@ -23,8 +23,10 @@ struct alignas(1024) Panels {
   /// From there to 16 * step further along the columns.
   static constexpr int along_columns(int step) { return step / 4 * kPanelBytes + step % 4 * 32; }
 
-  /// As an operand B whose rows are the tile's rows, with all columns.
-  Operand transposed() const { return operand(bytes, kPanelBytes, 8 * kPanelRowBytes); }
+  /// As an operand B whose rows are the tile's rows, with the columns of `panel` and those after it.
+  Operand transposed(int panel = 0) const {
+    return operand(bytes + panel * kPanelBytes, kPanelBytes, 8 * kPanelRowBytes);
+  }
   static constexpr int along_rows(int step) { return step * 16 * kPanelRowBytes; }
 };
 

@@ -8,6 +8,7 @@
 namespace flash_dmattn::cuda {
 
 inline void fence_for_bulk() {}
+inline void fence_global_for_bulk() {}
 
 inline void bulk_add(float* global, const float* shared, int bytes) {
   emulator::start_bulk_copy("bulk_add", global, shared, bytes, true);
