@@ -322,7 +322,7 @@ struct HopperForward {
       fence_for_bulk();
       fence_registers(reinterpret_cast<float (&)[kDim / 2]>(out));
       multiply_keys(s);
-      commit_products();  // no values yet
+      wait_products<0>();
 #pragma unroll 1
       for (int tile = 0; true; ++tile) {
         wait_products<1>();
