@@ -220,6 +220,15 @@ TEST(hopper_backward_of_a_dynamic_mask) {
   }
 }
 
+// Sums of two do not tell an order: here five tiles of keys add to each row.
+TEST(hopper_backward_in_order) {
+  Random random(11);
+  const InFamily family(Family::hopper);
+  Inputs in = make_inputs(random, {1, 300, 600, 2, 1, 64}, DType::bfloat16, false);
+  in.bias = normal(random, DType::float32, {1, 1, 1, 600});
+  check_backward(in, random, 90, true);
+}
+
 TEST(hopper_backward_with_a_full_bias) {
   Random random(10);
   const InFamily family(Family::hopper);
