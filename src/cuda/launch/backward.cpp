@@ -111,8 +111,8 @@ class Pass {
     const auto is_near = [](const View<4>& rows) {
       return std::abs(rows.stride[1]) * 512 + std::abs(rows.stride[2]) * 64 < (std::int64_t{1} << 31);
     };
-    return options_.arch == 90 && family() == Family::hopper && has_hopper_backward(options_.head_dim) &&
-           is_near(problem.query) && is_near(output_gradient_.out);
+    return family() == Family::hopper && has_hopper_backward(options_) && is_near(problem.query) &&
+           is_near(output_gradient_.out);
   }
 
   void allocate_sums() {
@@ -320,7 +320,7 @@ void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>
       kernels.push_back({rows_kernel(name, number), {selection.arch, static_cast<int>(number)}});
     for (const int head_dim : selection.head_dims) {
       for (const bool is_hopper : {false, true})
-        if (!is_hopper || (selection.arch == 90 && has_hopper_backward(head_dim)))
+        if (!is_hopper || (selection.arch == 90 && head_dim <= kWidestHopperBackward))
           kernels.push_back({kernel(QueryGradientOptions{selection.arch, head_dim, number, is_hopper}),
                              {selection.arch, head_dim, static_cast<int>(number), is_hopper}});
       for (const Test test : {Test::interval, Test::bits})
@@ -328,8 +328,8 @@ void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>
           for (const bool softcap : {false, true})
             for (const bool deterministic : {false, true})
               for (const bool is_hopper : {false, true}) {
-                if (is_hopper && (selection.arch != 90 || !has_hopper_backward(head_dim))) continue;
                 const BackwardOptions o{selection.arch, head_dim, number, test, bias, softcap, deterministic};
+                if (is_hopper && !has_hopper_backward(o)) continue;
                 kernels.push_back({kernel(o, is_hopper),
                                    {o.arch, head_dim, static_cast<int>(number), static_cast<int>(test),
                                     static_cast<int>(bias), softcap, deterministic}});

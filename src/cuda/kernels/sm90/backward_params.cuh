@@ -22,8 +22,12 @@ struct HopperBackwardConfig {
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
-/// The sums of wider heads do not fit the registers.
-constexpr bool has_hopper_backward(int head_dim) { return head_dim <= 128; }
+/// The sums of wider heads do not fit the registers; nor does what is left out of narrow ones.
+constexpr int kWidestHopperBackward = 128;
+constexpr bool has_hopper_backward(const BackwardOptions& options) {
+  if (options.arch != 90 || options.head_dim > kWidestHopperBackward) return false;
+  return options.head_dim > 64 || options.bias != BiasKind::full || !options.softcap;
+}
 
 constexpr HopperBackwardConfig hopper_backward_config(int head_dim) {
   const int dim = head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : 128;
