@@ -28,7 +28,7 @@ struct HopperForwardConfig {
   constexpr int panels() const { return divide_up(dim, 64); }
 };
 
-/// Words of bits that a run of at most 192 positions has for each key.
+/// Words that the test of a key takes: the first row that sees it and the end, or bits of at most 192 positions.
 constexpr int kMostHopperWords = 6;
 constexpr int hopper_test_words(Test test) { return test == Test::interval ? 2 : kMostHopperWords; }
 
