@@ -25,7 +25,7 @@ std::string text(ScoreType type) {
   return std::string("ScoreType::") + names[static_cast<int>(type)];
 }
 Kernel scored(const char* header, const char* name, ScoreType type) {
-  return {header, name + ("<" + text(type) + ">")};
+  return {header, std::string(name) + "<" + text(type) + ">"};
 }
 Kernel keep_best(bool is_wide) { return {kHeader, is_wide ? "KeepBest<u64>" : "KeepBest<u32>"}; }
 Kernel scan_lists(bool is_wide, bool in_shared) {
