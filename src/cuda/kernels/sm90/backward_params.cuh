@@ -22,11 +22,11 @@ struct HopperBackwardConfig {
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
-/// The sums of wider heads do not fit the registers; nor does what is left out of narrow ones.
+/// The sums of wider heads do not fit the registers; nor, beside tiles of 128 rows, the addresses of a full bias.
 constexpr int kWidestHopperBackward = 128;
 constexpr bool has_hopper_backward(const BackwardOptions& options) {
-  if (options.arch != 90 || options.head_dim > kWidestHopperBackward) return false;
-  return options.head_dim > 64 || options.bias != BiasKind::full || !options.softcap;
+  return options.arch == 90 && options.head_dim <= kWidestHopperBackward &&
+         (options.head_dim > 64 || options.bias != BiasKind::full);
 }
 
 constexpr HopperBackwardConfig hopper_backward_config(int head_dim) {
