@@ -1,6 +1,7 @@
 #include "forward_sm90.h"
 
 #include <algorithm>
+#include <string>
 
 #include "cuda/launch/family.h"
 #include "cuda/launch/kernel_list.h"
@@ -23,8 +24,7 @@ Kernel kernel(const HopperForwardOptions& o) {
 
 bool takes_hopper_forward(const Problem& problem, const Stream& stream) {
   // Rows change sign in the generic kernels alone.
-  if (stream.arch() != 90 || problem.scale < 0 || family() != Family::hopper) return false;
-  return true;
+  return stream.arch() == 90 && problem.scale >= 0 && family() == Family::hopper;
 }
 
 void hopper_forward(const Problem& problem, const Output& output, Stream& stream) {
@@ -38,7 +38,8 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
   shape.head_dim = options.head_dim;
   const MadePlan made = make_plan(problem, shape, config.rows / shape.pack, stream);
   const i64 works = static_cast<i64>(made.plan.runs) * shape.units() * shape.batch;
-  if (works > kLargest) throw InvalidArgument("query: is too large for a GPU");
+  if (works > kLargest)
+    throw InvalidArgument("query: is " + std::to_string(works) + " tiles of rows, takes at most 2147483647 on a GPU");
   const Rows out = aligned_output(output.out, stream);
   const HopperForwardParams params{.scores = make_scores(problem, shape, made.plan, stream),
                                    .value = key_rows("value", problem.value, stream),
