@@ -13,6 +13,7 @@
 #include "sm80/combine.cuh"
 #include "sm80/forward.cuh"
 #include "sm80/probabilities.cuh"
+#include "sm90/backward.cuh"
 #include "sm90/forward.cuh"
 
 namespace flash_dmattn::cuda {
@@ -68,6 +69,13 @@ constexpr Kind kKinds[] = {KINDS(LIST)};
 KINDS(PASSES)
 #define HOPPER_PASSES(arch, ...) EMULATE(HopperForward<HopperForwardOptions{__VA_ARGS__}>);
 HOPPER_KINDS(HOPPER_PASSES)
+// The other kinds are left to the generic kernels.
+#define HOPPER_BACKWARD(head_dim, bias, softcap)                                                                  \
+  EMULATE(HopperBackward<BackwardOptions{90, head_dim, Number::bfloat16, Test::interval, bias, softcap, false}>); \
+  EMULATE(HopperBackward<BackwardOptions{90, head_dim, Number::bfloat16, Test::interval, bias, softcap, true}>);  \
+  EMULATE(WriteQueryGradient<QueryGradientOptions{90, head_dim, Number::bfloat16, true}>);
+HOPPER_BACKWARD(64, BiasKind::none, false)
+HOPPER_BACKWARD(24, BiasKind::per_key, true)
 
 #define OF_NUMBERS(number)                      \
   EMULATE(Combine<CombineOptions{80, number}>); \
@@ -110,7 +118,7 @@ struct Case {
   std::optional<Tensor<3>> grad_lse;
   Index<4> order{0, 1, 2, 3};  // of what the passes write
   bool is_odd = false;
-  Family family = Family::generic;  // of the forward pass
+  Family family = Family::generic;
 
   Problem problem() const {
     Problem p = in.problem();
@@ -139,6 +147,7 @@ Gradient run_backward(const Case& c, const Saved& saved, bool deterministic, Str
   const Inputs& in = c.in;
   Gradient g{empty(c, in.query), empty(c, in.key), empty(c, in.value), {}};
   if (in.bias) g.bias = Tensor<4>(in.bias->dtype, in.bias->size, c.order);
+  const InFamily in_family(c.family);
   backward(c.problem(), {saved.out, saved.lse}, {c.grad_out, c.grad_lse}, {g.query, g.key, g.value, g.bias},
            deterministic, stream);
   return g;
