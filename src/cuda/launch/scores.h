@@ -5,10 +5,10 @@
 #include <cstdlib>
 #include <string>
 
+#include "attention/scores_params.cuh"
 #include "cuda/launch/plan.h"
 #include "cuda/launch/rows.h"
 #include "flash_dmattn/attention.h"
-#include "attention/scores_params.cuh"
 
 namespace flash_dmattn::cuda {
 
