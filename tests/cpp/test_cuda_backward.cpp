@@ -151,14 +151,16 @@ TEST(cuda_backward_with_a_bias_of_keys) {
 
 TEST(cuda_backward_of_a_dynamic_mask) {
   Random random(3);
-  for (const bool deterministic : {false, true}) {
-    const Sizes n{1, 560, 560, 2, 1, 128};  // two runs
-    Inputs in = make_inputs(random, n, DType::bfloat16, true);
-    Tensor<3> score(DType::float32, {1, 1, n.K});
-    in.end = dynamic_end(score.fill([&] { return random.normal(); }), 60, n.Q);
-    in.bias = normal(random, DType::float32, {1, 1, 1, n.K});
-    check_backward(in, random, 90, deterministic);
-  }
+  for (const Family family : {Family::generic, Family::hopper})
+    for (const bool deterministic : {false, true}) {
+      const InFamily in_family(family);
+      const Sizes n{1, 560, 560, 2, 1, 128};  // two runs
+      Inputs in = make_inputs(random, n, DType::bfloat16, true);
+      Tensor<3> score(DType::float32, {1, 1, n.K});
+      in.end = dynamic_end(score.fill([&] { return random.normal(); }), 60, n.Q);
+      in.bias = normal(random, DType::float32, {1, 1, 1, n.K});
+      check_backward(in, random, 90, deterministic);
+    }
 }
 
 TEST(cuda_backward_with_a_full_bias) {
@@ -204,19 +206,6 @@ TEST(hopper_backward_with_a_bias_of_keys) {
       in.bias->set({0, 0, 0, 17}, -kInfinity);
       check_backward(in, random, 90, deterministic, size[1] == 2);
     }
-}
-
-TEST(hopper_backward_of_a_dynamic_mask) {
-  Random random(8);
-  const InFamily family(Family::hopper);
-  for (const bool deterministic : {false, true}) {
-    const Sizes n{1, 560, 560, 2, 1, 128};  // two runs
-    Inputs in = make_inputs(random, n, DType::bfloat16, true);
-    Tensor<3> score(DType::float32, {1, 1, n.K});
-    in.end = dynamic_end(score.fill([&] { return random.normal(); }), 60, n.Q);
-    in.bias = normal(random, DType::float32, {1, 1, 1, n.K});
-    check_backward(in, random, 90, deterministic);
-  }
 }
 
 // Sums of two do not tell an order: here five tiles of keys add to each row.

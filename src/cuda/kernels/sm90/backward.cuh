@@ -76,11 +76,10 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
 
   void differentiate() {
     set_up();
-    const int count = numbers.tile_count;
     if (warp < kConsumerThreads / kWarp) {
       grow_registers<kConfig.kRegisters>();
-      multiply_rows(count);
-      add_key_gradients(count, kConsumerThreads, [] { sync_threads(kSums, kConsumerThreads); });
+      multiply_rows();
+      add_key_gradients(numbers.tile_count, kConsumerThreads, [] { sync_threads(kSums, kConsumerThreads); });
     } else {
       shrink_registers<kConfig.kCopyRegisters>();
       if (warp < (kConsumerThreads + kCopyThreads) / kWarp)
@@ -184,14 +183,14 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
 
   // ---- products
 
-  void multiply_rows(int count) {
+  void multiply_rows() {
 #pragma unroll
     for (auto& block : grad_key) block[0] = block[1] = block[2] = block[3] = 0;
 #pragma unroll
     for (auto& block : grad_value) block[0] = block[1] = block[2] = block[3] = 0;
     const int warpgroup = shuffle(thread / kWarpgroup, 0);
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < numbers.tile_count; ++i) {
       Scores score;
       QuerySums grad_query;
       multiply_scores(score, warpgroup, i);
