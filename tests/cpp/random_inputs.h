@@ -49,4 +49,38 @@ inline std::function<double()> scores(Random& random, int kind) {
   };
 }
 
+/// check(inputs) for problems in which some or all rows see no key.
+template <class Check>
+void visit_rows_that_see_nothing(Random& random, std::int64_t head_dim, std::int64_t many_queries, const Check& check) {
+  Inputs in = make_inputs(random, {1, 140, 140, 2, 1, head_dim}, DType::bfloat16, true);
+  // All keys of the first queries are masked by the bias; later ones by half.
+  in.bias = normal(random, DType::float32, {1, 1, 1, 140});
+  in.bias->for_each([&](const Index<4>& i) {
+    if (i[3] < 20 || i[3] % 2 == 0) in.bias->set(i, -kInfinity);
+  });
+  check(in);
+  in.bias->fill([] { return -kInfinity; });
+  check(in);
+  in.bias.reset();
+  in.mask.emplace(DType::boolean, Index<4>{1, 1, 140, 1});
+  in.mask->fill([&] { return random.chance(0.7); });
+  check(in);
+  // More queries than keys.
+  check(make_inputs(random, {1, many_queries, 30, 2, 1, head_dim}, DType::bfloat16, true));
+  check(make_inputs(random, {1, 70, 0, 2, 1, head_dim}, DType::bfloat16, true));
+}
+
+/// check(inputs) where heads share a dense mask by ones, twos and threes: the bits of a warp's rows begin anywhere in a
+/// word.
+template <class Check>
+void visit_dense_masks(Random& random, std::int64_t query_len, std::int64_t head_dim, const Check& check) {
+  for (const std::int64_t group : {1, 2, 3}) {
+    const Sizes n{1, query_len, query_len + 20, 2 * group, 2, head_dim};
+    Inputs in = make_inputs(random, n, DType::bfloat16, true);
+    in.mask.emplace(DType::boolean, Index<4>{1, 2, n.Q, n.K});
+    in.mask->fill([&] { return random.chance(0.4); });
+    check(in);
+  }
+}
+
 }  // namespace flash_dmattn::test

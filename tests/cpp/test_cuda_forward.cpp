@@ -113,22 +113,7 @@ TEST(cuda_forward_of_any_scale) {
 
 TEST(cuda_forward_of_rows_that_see_nothing) {
   Random random(5);
-  Inputs in = make_inputs(random, {1, 140, 140, 2, 1, 8});
-  // All keys of the first queries are masked by the bias; later ones by half.
-  in.bias = normal(random, DType::float32, {1, 1, 1, 140});
-  in.bias->for_each([&](const Index<4>& i) {
-    if (i[3] < 20 || i[3] % 2 == 0) in.bias->set(i, -kInfinity);
-  });
-  check_forward(in);
-  in.bias->fill([] { return -kInfinity; });
-  check_forward(in);
-  in.bias.reset();
-  in.mask.emplace(DType::boolean, Index<4>{1, 1, 140, 1});
-  in.mask->fill([&] { return random.chance(0.7); });
-  check_forward(in);
-  // More queries than keys.
-  check_forward(make_inputs(random, {1, 200, 30, 2, 1, 8}));
-  check_forward(make_inputs(random, {1, 70, 0, 2, 1, 8}));
+  visit_rows_that_see_nothing(random, 8, 200, [](const Inputs& in) { check_forward(in); });
 }
 
 TEST(cuda_forward_of_huge_biases_is_finite) {
@@ -145,15 +130,9 @@ TEST(cuda_forward_of_huge_biases_is_finite) {
   }
 }
 
-// Heads share a mask by ones, twos and threes: the bits of a warp's rows begin anywhere in a word.
 TEST(cuda_forward_of_dense_masks) {
   Random random(10);
-  for (const std::int64_t group : {1, 2, 3}) {
-    Inputs in = make_inputs(random, {1, 150, 170, 2 * group, 2, 8});
-    in.mask.emplace(DType::boolean, Index<4>{1, 2, 150, 170});
-    in.mask->fill([&] { return random.chance(0.4); });
-    check_forward(in);
-  }
+  visit_dense_masks(random, 150, 8, [](const Inputs& in) { check_forward(in); });
 }
 
 // A few queries split their keys over the GPU; the number of parts depends on the GPU, and may be anything.

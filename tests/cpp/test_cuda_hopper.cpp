@@ -90,32 +90,13 @@ TEST(hopper_forward_follows_the_maximum) {
 
 TEST(hopper_forward_of_rows_that_see_nothing) {
   Random random(5);
-  Inputs in = test::make_inputs(random, {1, 140, 140, 2, 1, 64}, DType::bfloat16, true);
-  in.bias = normal(random, DType::float32, {1, 1, 1, 140});
-  in.bias->for_each([&](const Index<4>& i) {
-    if (i[3] < 20 || i[3] % 2 == 0) in.bias->set(i, -kInfinity);
-  });
-  check_forward(in);
-  in.bias->fill([] { return -kInfinity; });
-  check_forward(in);
-  in.bias.reset();
-  in.mask.emplace(DType::boolean, Index<4>{1, 1, 140, 1});
-  in.mask->fill([&] { return random.chance(0.7); });
-  check_forward(in);
-  // More queries than keys, of which whole tiles of rows see none.
-  check_forward(test::make_inputs(random, {1, 500, 30, 2, 1, 64}, DType::bfloat16, true));
-  check_forward(test::make_inputs(random, {1, 70, 0, 2, 1, 64}, DType::bfloat16, true));
+  // So many queries that whole tiles of rows see no key.
+  visit_rows_that_see_nothing(random, 64, 500, [](const Inputs& in) { check_forward(in); });
 }
 
-// Heads share a mask by ones, twos and threes: the bits of a warp's rows begin anywhere in a word.
 TEST(hopper_forward_of_dense_masks) {
   Random random(10);
-  for (const std::int64_t group : {1, 2, 3}) {
-    Inputs in = test::make_inputs(random, {1, 250, 270, 2 * group, 2, 64}, DType::bfloat16, true);
-    in.mask.emplace(DType::boolean, Index<4>{1, 2, 250, 270});
-    in.mask->fill([&] { return random.chance(0.4); });
-    check_forward(in);
-  }
+  visit_dense_masks(random, 250, 64, [](const Inputs& in) { check_forward(in); });
 }
 
 TEST(hopper_forward_of_full_biases) {

@@ -16,7 +16,6 @@
 #include "flash_dmattn/cuda.h"
 
 namespace flash_dmattn::cuda {
-
 namespace {
 
 constexpr const char* kRowsHeader = "attention/backward_rows.cuh";
@@ -185,7 +184,7 @@ class Pass {
                           .key = 1,
                           .heads_per_head = static_cast<int>(shape_.heads / size[1])};
     }
-    params.key_tiles = static_cast<int>((made.longest + blocks_.tiles.keys - 1) / blocks_.tiles.keys);
+    params.key_tiles = static_cast<int>(divide_up_wide(made.longest, blocks_.tiles.keys));
     params.inverse_pack = static_cast<u32>((1 << 20) / shape_.pack + 1);
     params.group = kGroup;
 

@@ -230,14 +230,14 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     exponentiate(score, two, stage, tile, is_tested(i));
     if constexpr (kOverlap == Overlap::none) multiply_values();
     if constexpr (kOverlap == Overlap::both) {
-      pack_operand(operand, score);
+      pack_operand<T>(operand, score);
       wait_products<0>();
       add_rows(grad_value, operand, shared.grad_out[stage]);
       differentiate_softmax(grad_score, score, two, stage, tile);
     } else {
       wait_products<0>();
       differentiate_softmax(grad_score, score, two, stage, tile);
-      pack_operand(operand, score);
+      pack_operand<T>(operand, score);
       add_rows(grad_value, operand, shared.grad_out[stage]);
     }
 #pragma unroll
@@ -245,7 +245,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
 #pragma unroll
       for (int half = 0; half < 2; ++half) two(n, half) = pack<T>(grad_score[n][2 * half], grad_score[n][2 * half + 1]);
     u32 grad_operand[kRows / 16][4];
-    pack_operand(grad_operand, grad_score);
+    pack_operand<T>(grad_operand, grad_score);
     fence_for_bulk();
     sync_threads(kGradScores, kConsumerThreads);
     add_rows(grad_key, grad_operand, shared.query[stage]);
@@ -285,15 +285,6 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
       multiply<T, kColumns, Major::mn, Major::mn>(accumulators, a + ScorePanels::along_rows(step),
                                                   b + KeyPanels::along_rows(step), step > 0);
     commit_products();
-  }
-  static void pack_operand(u32 (&a)[kRows / 16][4], const Scores& scores) {
-#pragma unroll
-    for (int step = 0; step < kRows / 16; ++step)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* const from = scores[2 * step + i / 2] + i % 2 * 2;
-        a[step][i] = pack<T>(from[0], from[1]);
-      }
   }
 
   /// A tile's products are there: its stage is free, and its dQ is written down for the thread that adds it.

@@ -335,7 +335,7 @@ struct HopperForward {
         if (tile > 0) arrive(shared.value_empty[last.stage]);
         if (moves) softmax.rescale(out, scale);
         fence_registers(reinterpret_cast<float (&)[kKeys / 2]>(s));
-        pack(s);
+        pack_operand<T>(probabilities, s[0]);
         next_tile();
         if (tile + 1 == tiles) break;
         wait(shared.key_full[ring.stage], ring.parity);
@@ -420,17 +420,6 @@ struct HopperForward {
         const int* const starts = reinterpret_cast<const int*>(numbers.test);
         mask_by_intervals(s, lane(), at, true, starts, numbers.test + kKeys);
       }
-    }
-
-    /// Exponentials as operand A of the product with the values.
-    void pack(const Scores& s) {
-#pragma unroll
-      for (int k = 0; k < kKeys / 16; ++k)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* const from = s[0][2 * k + i / 2] + i % 2 * 2;
-          probabilities[k][i] = cuda::pack<T>(from[0], from[1]);
-        }
     }
 
     void write(const Work& work, Softmax<1>& softmax) {

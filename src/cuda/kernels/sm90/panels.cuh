@@ -1,6 +1,7 @@
-// Tiles of 16-bit numbers in shared memory, in the panels that wgmma reads.
+// What wgmma reads: tiles of 16-bit numbers in shared memory, in panels, and operands in registers.
 #pragma once
 #include "ptx/memory.cuh"
+#include "ptx/number.cuh"
 #include "ptx/warpgroup.cuh"
 #include "types.cuh"
 
@@ -55,6 +56,18 @@ void zero_padding(AnyPanels& tile, int thread, int threads) {
   };
   for (int row = thread; row < AnyPanels::kRows; row += threads)
     for (int chunk = kChunks; chunk < kDim / 8; ++chunk) *reinterpret_cast<Zeros*>(tile.chunk(row, chunk)) = Zeros{};
+}
+
+/// Accumulators as operand A of the next products, 16 columns after the other.
+template <class T, int kSteps>
+void pack_operand(u32 (&a)[kSteps][4], const float (&accumulators)[2 * kSteps][4]) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float* const from = accumulators[2 * step + i / 2] + i % 2 * 2;
+      a[step][i] = pack<T>(from[0], from[1]);
+    }
 }
 
 }  // namespace flash_dmattn::cuda
