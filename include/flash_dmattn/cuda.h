@@ -36,6 +36,9 @@ struct Grid {
   unsigned x = 1, y = 1, z = 1;
 };
 
+struct TensorBoxes;  // what the copy engine takes of a tensor, and what kernels take of that
+struct TensorMap;
+
 /// Where kernels are launched: one stream of a GPU, or, in tests, an emulation of one.
 class Stream {
  public:
@@ -46,6 +49,8 @@ class Stream {
   virtual void* allocate(std::size_t bytes) = 0;
   /// Zeros, in the order of the launches.
   virtual void zero(void* memory, std::size_t bytes) = 0;
+  /// For a parameter of a kernel that copies boxes; from compute capability 9.0 on.
+  virtual TensorMap tensor_map(const TensorBoxes& boxes) const = 0;
   /// Calls `body`, whose launches may wait until it has returned: kernels that are new are compiled side by side.
   virtual void together(const std::function<void()>& body) { body(); }
 

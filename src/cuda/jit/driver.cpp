@@ -33,6 +33,7 @@ Driver load() {
   FLASH_DMATTN_LOAD(cuFuncSetAttribute, "");
   FLASH_DMATTN_LOAD(cuLaunchKernel, "");
   FLASH_DMATTN_LOAD(cuMemsetD8Async, "");
+  FLASH_DMATTN_LOAD(cuTensorMapEncodeTiled, "");
 #undef FLASH_DMATTN_LOAD
   driver.check(driver.cuInit(0), "The CUDA driver does not start");
   return driver;

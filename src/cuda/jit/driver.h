@@ -1,6 +1,7 @@
 // The CUDA driver, libcuda.so.1, loaded when first used. Declares what is used of its API; no CUDA header.
 #pragma once
 #include <cstddef>
+#include <cstdint>
 #include <string>
 
 namespace flash_dmattn::cuda {
@@ -21,6 +22,11 @@ enum CUdevice_attribute : int {
   CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN = 97,
 };
 enum CUfunction_attribute : int { CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 };
+enum CUtensorMapDataType : int { CU_TENSOR_MAP_DATA_TYPE_UINT16 = 1 };
+enum CUtensorMapInterleave : int { CU_TENSOR_MAP_INTERLEAVE_NONE = 0 };
+enum CUtensorMapSwizzle : int { CU_TENSOR_MAP_SWIZZLE_128B = 3 };
+enum CUtensorMapL2promotion : int { CU_TENSOR_MAP_L2_PROMOTION_L2_256B = 3 };
+enum CUtensorMapFloatOOBfill : int { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 };
 enum CUstreamCaptureMode : int { CU_STREAM_CAPTURE_MODE_RELAXED = 2 };
 
 struct Driver {
@@ -44,6 +50,10 @@ struct Driver {
                              unsigned block_y, unsigned block_z, unsigned shared_bytes, CUstream, void** params,
                              void** extra);
   CUresult (*cuMemsetD8Async)(CUdeviceptr, unsigned char value, std::size_t bytes, CUstream);
+  CUresult (*cuTensorMapEncodeTiled)(void* map, CUtensorMapDataType, unsigned rank, void* memory,
+                                     const std::uint64_t* sizes, const std::uint64_t* strides, const unsigned* box,
+                                     const unsigned* steps, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                     CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
   /// The one of this process, initialised. Throws Error where it is missing or has no GPU; tries again at the next
   /// call.

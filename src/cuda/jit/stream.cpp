@@ -1,10 +1,13 @@
 // A stream of a GPU: where launchers meet the driver.
 #include <algorithm>
+#include <array>
+#include <cstdint>
 #include <future>
 #include <utility>
 #include <vector>
 
 #include "cuda/jit/device.h"
+#include "tensor_map.cuh"
 
 namespace flash_dmattn::cuda {
 namespace {
@@ -40,6 +43,25 @@ class GpuStream : public Stream {
       set();
     else
       waiting_.push_back(set);
+  }
+  TensorMap tensor_map(const TensorBoxes& boxes) const override {
+    const auto [batch, positions, heads, columns] = boxes.size;
+    const auto of = [](auto... numbers) { return std::array{static_cast<std::uint64_t>(numbers)...}; };
+    // From dimension to dimension, the contiguous one first; strides are in bytes. That of a dimension of one is free.
+    const auto bytes = [](i64 stride, int size) { return size > 1 ? 2 * stride : 16; };
+    const auto sizes = of(columns, heads, positions, batch);
+    const auto strides = of(bytes(boxes.rows.head, heads), bytes(boxes.rows.position, positions),
+                            bytes(boxes.rows.batch, batch));
+    const std::array<unsigned, 4> box{kBoxColumns, static_cast<unsigned>(boxes.heads),
+                                      static_cast<unsigned>(boxes.positions), 1},
+        steps{1, 1, 1, 1};
+    TensorMap map;
+    driver_.check(driver_.cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, boxes.rows.data, sizes.data(),
+                                                 strides.data(), box.data(), steps.data(),
+                                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+                  "The CUDA driver does not take a tensor for bulk copies");
+    return map;
   }
   void together(const std::function<void()>& body) override {
     if (is_together_) return body();

@@ -82,15 +82,17 @@ class Pass {
                  .bias = bias_.kind,
                  .softcap = problem.softcap > 0,
                  .deterministic = deterministic},
-        is_hopper_(takes_hopper(problem)),
+        is_hopper_(takes_hopper()),
         blocks_(is_hopper_ ? hopper_backward_config(options_.head_dim).blocks()
                            : backward_config(options_.arch, options_.head_dim, options_.bias).blocks()),
-        shape_(make_shape(problem, kMostPack)) {
+        shape_(make_shape(problem, blocks_.tiles.rows)) {
     if (bias_.per_query_head || (deterministic && bias_.is_shared)) shape_.pack = 1;
     shape_.head_dim = options_.head_dim;
-    run_ = backward_run(shape_.pack);
-    runs_ = divide_up(shape_.query_len, run_);
-    row_tiles_ = static_cast<i64>(shape_.batch) * shape_.units() * runs_ * (run_ * shape_.pack / blocks_.tiles.rows);
+    tile_positions_ = positions_of_tile(blocks_.tiles.rows, shape_.pack);
+    const int tiles_of_run = choose_tiles_of_run();
+    run_ = tiles_of_run * tile_positions_;
+    tiles_ = divide_up(shape_.query_len, run_) * tiles_of_run;
+    row_tiles_ = static_cast<i64>(shape_.batch) * shape_.units() * tiles_;
   }
 
   void run() {
@@ -103,15 +105,30 @@ class Pass {
   }
 
  private:
-  static constexpr int kMostPack = 64;
-
-  bool takes_hopper(const Problem& problem) const {
-    // The warps that copy rows have few registers: addresses within a run in 32 bits.
-    const auto is_near = [](const View<4>& rows) {
-      return std::abs(rows.stride[1]) * 512 + std::abs(rows.stride[2]) * 64 < (std::int64_t{1} << 31);
+  /// Long runs load and add up what belongs to a tile of keys seldom; but they list more keys than their positions see
+  /// at a time, and there must be work for all multiprocessors.
+  int choose_tiles_of_run() const {
+    const i64 units = static_cast<i64>(shape_.batch) * shape_.units();
+    const i64 window = problem_.survivors ? problem_.survivors->size[3] : kLargest;
+    const i64 longest = options_.test == Test::bits ? kShortRun
+                        : problem_.survivors        ? std::clamp<i64>(window, kShortRun, kLongRun)
+                                                    : kLargest;
+    const int least_tiles = std::max(1, kRunRows / blocks_.tiles.rows);
+    int tiles = kMostRowTiles;
+    const auto is_too_long = [&] {
+      const i64 run = static_cast<i64>(tiles) * tile_positions_, runs = divide_up_wide(shape_.query_len, run);
+      const i64 keys = std::min<i64>(shape_.key_len, window + run);
+      return run > longest ||
+             units * runs * divide_up_wide(keys, blocks_.tiles.keys) < kRounds * stream_.multiprocessors();
     };
-    return family() == Family::hopper && has_hopper_backward(options_) && is_near(problem.query) &&
-           is_near(output_gradient_.out);
+    while (tiles > least_tiles && is_too_long()) tiles /= 2;
+    return tiles;
+  }
+  static constexpr int kRunRows = 1024, kShortRun = 512, kLongRun = 2048;  // the last two in positions
+  static constexpr int kRounds = 8;                                        // of blocks on a multiprocessor
+
+  bool takes_hopper() const {
+    return family() == Family::hopper && has_hopper_backward(options_);
   }
 
   void allocate_sums() {
@@ -141,12 +158,13 @@ class Pass {
     const i64 rows = row_tiles_ * blocks_.tiles.rows;
     lse_ = stream_.allocate_array<float>(static_cast<std::size_t>(2 * rows));
     delta_ = lse_ + rows;
-    grad_out_ = aligned_input(output_gradient_.out, stream_);
+    grad_out_ = is_hopper_ ? boxed_input(output_gradient_.out, stream_) : aligned_input(output_gradient_.out, stream_);
     stream_.launch(rows_kernel("BackwardRows", options_.number), {blocks_of(rows * lanes_of_row(shape_.head_dim))},
                    kRowThreads, 0,
                    BackwardRowsParams{.shape = shape_,
-                                      .run = run_,
-                                      .runs = runs_,
+                                      .tile_rows = blocks_.tiles.rows,
+                                      .tile_positions = tile_positions_,
+                                      .tiles = tiles_,
                                       .out = aligned_input(output_.out, stream_),
                                       .grad_out = grad_out_,
                                       .lse = row_numbers(output_.lse),
@@ -185,7 +203,8 @@ class Pass {
                           .heads_per_head = static_cast<int>(shape_.heads / size[1])};
     }
     params.key_tiles = static_cast<int>(divide_up_wide(made.longest, blocks_.tiles.keys));
-    params.inverse_pack = static_cast<u32>((1 << 20) / shape_.pack + 1);
+    params.tile_positions = tile_positions_;
+    params.inverse_pack = static_cast<u32>((1 << 16) / shape_.pack + 1);
     params.group = kGroup;
 
     // Deterministic: what adds to the same element of a full bias's gradient comes one after the other.
@@ -204,7 +223,7 @@ class Pass {
   }
 
   void launch(BackwardParams& params) {
-    const i64 lists = static_cast<i64>(params.part.batches) * params.part.units * runs_;
+    const i64 lists = static_cast<i64>(params.part.batches) * params.part.units * params.plan.runs;
     if (options_.deterministic) {
       const i64 key_turns =
           static_cast<i64>(shape_.batch) * shape_.kv_heads * (params.plan.lists ? 1 : params.key_tiles);
@@ -215,8 +234,16 @@ class Pass {
       stream_.zero(params.ticket, count * sizeof(int));
     }
     const i64 groups = divide_up_wide(lists, params.group);
-    stream_.launch(kernel(options_, is_hopper_), {static_cast<unsigned>(groups * params.group * params.key_tiles)},
-                   blocks_.threads, blocks_.shared_bytes, params);
+    const Grid grid{static_cast<unsigned>(groups * params.group * params.key_tiles)};
+    const auto launch_with = [&](const auto& all) {
+      stream_.launch(kernel(options_, is_hopper_), grid, blocks_.threads, blocks_.shared_bytes, all);
+    };
+    if (!is_hopper_) return launch_with(params);
+    const auto boxes = [&](const Rows& rows, const View<4>& view) {
+      return stream_.tensor_map(boxes_of(rows, view, tile_positions_, shape_.pack));
+    };
+    launch_with(HopperBackwardParams{params, boxes(boxed_input(problem_.query, stream_), problem_.query),
+                                     boxes(grad_out_, output_gradient_.out)});
   }
 
   void write_gradients() {
@@ -227,8 +254,12 @@ class Pass {
     const QueryGradientOptions query_options{options_.arch, options_.head_dim, options_.number, is_hopper_};
     stream_.launch(kernel(query_options), {static_cast<unsigned>(row_tiles_)}, kRowThreads,
                    query_gradient_shared_bytes(query_options),
-                   QueryGradientParams{
-                       .shape = shape_, .run = run_, .runs = runs_, .sums = grad_query_, .out = query, .scale = scale});
+                   QueryGradientParams{.shape = shape_,
+                                       .tile_positions = tile_positions_,
+                                       .tiles = tiles_,
+                                       .sums = grad_query_,
+                                       .out = query,
+                                       .scale = scale});
     const i64 keys = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads;
     stream_.launch(rows_kernel("WriteKeyGradients", options_.number), {blocks_of(keys * blocks_.tiles.dim / 16)},
                    kRowThreads, 0,
@@ -295,8 +326,9 @@ class Pass {
   const bool is_hopper_;
   const BackwardBlocks blocks_;
   Shape shape_;
-  int run_, runs_;
-  i64 row_tiles_;  ///< tiles of rows of all runs
+  int tile_positions_, run_;
+  int tiles_;      ///< of rows, of a unit: those of whole runs
+  i64 row_tiles_;  ///< of all units
   float *grad_query_, *grad_key_, *grad_value_, *bias_sums_;
   float *lse_ = nullptr, *delta_ = nullptr;
   Rows grad_out_{};

@@ -41,13 +41,26 @@ void copy(const Rows& from, std::int64_t from_dim, const Rows& to, std::int64_t 
                                .rows = rows});
 }
 
-}  // namespace
-
-Rows aligned_input(const View<4>& view, Stream& stream) {
-  if (is_aligned(view)) return as_rows(view);
+Rows copied_input(const View<4>& view, Stream& stream) {
   const Rows rows = allocate_rows(view, stream);
   copy(as_rows(view), view.size[3], rows, padded_dim(view.size[3]), view, stream);
   return rows;
+}
+
+}  // namespace
+
+Rows aligned_input(const View<4>& view, Stream& stream) {
+  return is_aligned(view) ? as_rows(view) : copied_input(view, stream);
+}
+
+Rows boxed_input(const View<4>& view, Stream& stream) {
+  bool fits = is_aligned(view);
+  for (int i = 0; i < 3; ++i) fits = fits && (view.size[i] == 1 || view.stride[i] > 0);
+  return fits ? as_rows(view) : copied_input(view, stream);
+}
+TensorBoxes boxes_of(const Rows& rows, const View<4>& view, int positions, int heads) {
+  const auto size = [&](int i) { return static_cast<int>(view.size[i]); };
+  return {rows, {size(0), size(1), size(2), static_cast<int>(padded_dim(view.size[3]))}, positions, heads};
 }
 
 Rows aligned_output(const View<4>& view, Stream& stream) {

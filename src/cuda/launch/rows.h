@@ -6,6 +6,7 @@
 #include "kernel_list.h"
 #include "problem.cuh"
 #include "sizes.h"
+#include "tensor_map.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -15,6 +16,10 @@ constexpr std::int64_t padded_dim(std::int64_t head_dim) { return round_up_wide(
 /// A tensor of 16-bit numbers (B, N, H, D): itself where rows of padded_dim(D) start at multiples of 16 bytes, else a
 /// copy in memory of `stream`.
 Rows aligned_input(const View<4>& view, Stream& stream);
+
+/// The same for what the copy engine reads, which takes no stride of 0 and none below.
+Rows boxed_input(const View<4>& view, Stream& stream);
+TensorBoxes boxes_of(const Rows& rows, const View<4>& view, int positions, int heads);
 
 /// Where a kernel writes what is meant for `view`: the view itself, or memory of `stream`.
 Rows aligned_output(const View<4>& view, Stream& stream);

@@ -14,6 +14,7 @@
 #include "barriers.h"
 #include "bulk_copies.h"
 #include "products.h"
+#include "ptx/boxes.cuh"
 #include "threads.h"
 
 #if !defined(__x86_64__)
@@ -469,6 +470,20 @@ void* EmulatedStream::allocate(std::size_t bytes) {
 }
 
 void EmulatedStream::zero(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
+
+TensorMap EmulatedStream::tensor_map(const TensorBoxes& boxes) const {
+  const auto require = [](bool holds, const char* what) {
+    if (!holds) throw Error(std::string("tensor_map: ") + what);
+  };
+  require(arch_ >= 90, "no copy engine");
+  require(reinterpret_cast<std::uintptr_t>(boxes.rows.data) % 16 == 0, "not aligned");
+  const i64 strides[] = {boxes.rows.batch, boxes.rows.position, boxes.rows.head};
+  for (int i = 0; i < 4; ++i) require(boxes.size[i] > 0, "no elements");
+  for (int i = 0; i < 3; ++i)
+    require(boxes.size[i] == 1 || (strides[i] >= 0 && strides[i] % 8 == 0 && strides[i] < i64{1} << 39), "a stride");
+  require(boxes.positions > 0 && boxes.positions <= 256 && boxes.heads > 0 && boxes.heads <= 256, "the box");
+  return map_of(boxes);
+}
 
 void EmulatedStream::check_guards(const std::string& after) const {
   for (const Memory& memory : memory_)

@@ -72,6 +72,7 @@ class EmulatedStream : public Stream {
   int multiprocessors() const override { return multiprocessors_; }
   void* allocate(std::size_t bytes) override;
   void zero(void* memory, std::size_t bytes) override;
+  TensorMap tensor_map(const TensorBoxes& boxes) const override;
 
   /// For the order in which threads take turns.
   void seed(unsigned seed) { seed_ = seed; }

@@ -91,11 +91,11 @@ struct BackwardBlock {
                         .kv_head = kv_head,
                         .tile = tile,
                         .first_query = first_query,
-                        .rows = least(params.plan.run, shape.query_len - first_query) * shape.pack,
+                        .rows = row_of(least(params.plan.run, shape.query_len - first_query)),
                         .turn = turn,
                         .ticket = number,
                         .list = list,
-                        .row_tiles = runs_before * (params.plan.run * shape.pack / kRows)};
+                        .row_tiles = runs_before * (params.plan.run / params.tile_positions)};
     }
     sync_block();
     return true;
@@ -132,9 +132,17 @@ struct BackwardBlock {
   struct Row {
     int query, head;  // head: of the unit
   };
+  /// Of a row that is nobody's: the last one before it.
   Row row_at(int row) const {
-    const int position = static_cast<int>(static_cast<u32>(row) * params.inverse_pack >> 20);
-    return {position, row - position * params.shape.pack};
+    const int pack = params.shape.pack, last = params.tile_positions * pack - 1, within = least(row % kRows, last);
+    const int query = static_cast<int>(static_cast<u32>(within) * params.inverse_pack >> 16);
+    return {row / kRows * params.tile_positions + query, within - query * pack};
+  }
+  bool has_row(int row) const { return row < work.rows && row % kRows < params.tile_positions * params.shape.pack; }
+  /// The first row of a position of the run, or the end of the rows before it.
+  int row_of(int query) const {
+    const int tile = query / params.tile_positions;
+    return tile * kRows + (query - tile * params.tile_positions) * params.shape.pack;
   }
 
   // ---- keys of the tile
@@ -166,12 +174,10 @@ struct BackwardBlock {
         if (exists)
           seen = index < work.list.full ? Interval{kSmallest, kLargest} : plan.interval(work.b, work.unit, position);
         const i64 first = static_cast<i64>(work.first_query) + params.shape.first_position();
-        const int pack = params.shape.pack;
-        const auto row_of = [&](int p) {
-          return static_cast<int>(most<i64>(0, least<i64>(p - first, work.rows / pack))) * pack;
-        };
-        numbers.start[i] = exists ? row_of(seen.start) : 0;
-        numbers.end[i] = exists ? row_of(seen.end) : 0;
+        const int queries = least(plan.run, params.shape.query_len - work.first_query);
+        const auto row = [&](int p) { return row_of(static_cast<int>(most<i64>(0, least<i64>(p - first, queries)))); };
+        numbers.start[i] = exists ? row(seen.start) : 0;
+        numbers.end[i] = exists ? row(seen.end) : 0;
       }
     }
     sync_block();

@@ -35,16 +35,16 @@ struct BackwardBlocks {
   int threads, shared_bytes;
 };
 
-/// Query positions of a run: about 1024 rows, so that what belongs to a tile of keys is loaded and stored seldom.
-constexpr int backward_run(int pack) { return most(128, least(512, 1024 / pack / 128 * 128)); }
-constexpr int kMostRowTiles = 256;  ///< of a run of at most 64 * 128 rows
+/// A tile of rows has all heads of a unit at as many neighbouring positions as fit; rows to spare at its end are nobody's.
+constexpr int positions_of_tile(int rows, int pack) { return rows / pack; }
+constexpr int kMostRowTiles = 256;  ///< of a run
 
 /// Which tile of which list a block has.
 struct BackwardWork {
   int b, unit, run, kv_head;
   int tile;  ///< of keys
   int first_query;
-  int rows;  ///< of the run
+  int rows;  ///< of the run's tiles, up to those of its last position
   int turn;  ///< deterministic: blocks that add to the same dK and dV before
   int ticket;
   KeyList list;
@@ -85,7 +85,8 @@ struct BackwardParams {
   Part part;
   int key_tiles;     ///< of the longest list
   int group;         ///< lists whose tiles are worked at together
-  u32 inverse_pack;  ///< 2^20 / pack, rounded up: r / pack is r * inverse_pack >> 20
+  int tile_positions;  ///< positions_of_tile
+  u32 inverse_pack;    ///< 2^16 / pack, rounded up: r / pack is r * inverse_pack >> 16 for the rows r of a tile
   // Deterministic: the next block's number, whose turn it is to add to a tile of dQ, and to dK and dV of a KV head.
   // Lists that are spans have the same keys in the same tile: then each tile has its own turns.
   int *ticket, *query_turn, *key_turn;

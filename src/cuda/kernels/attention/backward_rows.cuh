@@ -27,13 +27,12 @@ struct BackwardRows {
     const Shape& shape = params.shape;
     const int lanes = lanes_of_row(shape.head_dim), lane = thread_index() % lanes;
     const i64 row = static_cast<i64>(block_index()) * (kThreads / lanes) + thread_index() / lanes;
-    const i64 of_unit = static_cast<i64>(params.runs) * params.run * shape.pack;
-    const i64 unit_row = row / of_unit;  // of all batches
-    const int b = static_cast<int>(unit_row / shape.units()), unit = static_cast<int>(unit_row % shape.units());
-    const i64 within = row % of_unit;
-    const int query = static_cast<int>(within / shape.pack),
-              head = unit * shape.pack + static_cast<int>(within % shape.pack);
-    const bool exists = b < shape.batch && query < shape.query_len;
+    const i64 tile = row / params.tile_rows, of_batches = tile / params.tiles;
+    const int b = static_cast<int>(of_batches / shape.units()), unit = static_cast<int>(of_batches % shape.units());
+    const int within = static_cast<int>(row % params.tile_rows), position = within / shape.pack;
+    const int query = static_cast<int>(tile % params.tiles) * params.tile_positions + position,
+              head = unit * shape.pack + within % shape.pack;
+    const bool exists = b < shape.batch && position < params.tile_positions && query < shape.query_len;
     float sum = 0;
     if (exists) {
       const T* const out = params.out.template at<T>(b, query, head);
@@ -86,16 +85,15 @@ struct WriteQueryGradient {
     }
     sync_block();
     const Shape& shape = params.shape;
-    const int row_tiles = params.run * shape.pack / kTile.rows;
-    const i64 list = block_index() / row_tiles;
-    const int run = static_cast<int>(list % params.runs), unit = static_cast<int>(list / params.runs % shape.units());
-    const int b = static_cast<int>(list / params.runs / shape.units());
+    const int of_batches = block_index() / params.tiles;
+    const int unit = of_batches % shape.units(), b = of_batches / shape.units();
+    const int first_query = block_index() % params.tiles * params.tile_positions;
     constexpr int kChunks = kOptions.head_dim / kChunk;
     for (int i = thread_index(); i < kTile.rows * kChunks; i += kThreads) {
       const int row = i / kChunks, column = i % kChunks * kChunk;
-      const int r = block_index() % row_tiles * kTile.rows + row, query = run * params.run + r / shape.pack;
-      if (query >= shape.query_len) continue;
-      T* const out = params.out.template at<T>(b, query, unit * shape.pack + r % shape.pack);
+      const int position = row / shape.pack, query = first_query + position;
+      if (position >= params.tile_positions || query >= shape.query_len) continue;
+      T* const out = params.out.template at<T>(b, query, unit * shape.pack + row % shape.pack);
       *reinterpret_cast<Chunk*>(out + column) = *reinterpret_cast<const Chunk*>(tile.at(row, column));
     }
   }

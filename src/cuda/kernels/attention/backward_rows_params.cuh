@@ -9,10 +9,10 @@ namespace flash_dmattn::cuda {
 /// What the pass needs to know of each row.
 struct BackwardRowsParams {
   Shape shape;
-  int run, runs;
+  int tile_rows, tile_positions, tiles;  ///< tiles: of a unit
   Rows out, grad_out;
   RowNumbers lse, grad_lse;   ///< grad_lse: its data null where there is none
-  float *base_2_lse, *delta;  ///< (B, units, runs * run, pack): +inf where the row sees nothing; sum(out * dO) - dLse
+  float *base_2_lse, *delta;  ///< (B, units, tiles, tile_rows): +inf where a row sees nothing; sum(out * dO) - dLse
 };
 /// Threads that have a row of BackwardRows.
 constexpr int lanes_of_row(int head_dim) {
@@ -36,7 +36,7 @@ constexpr int query_gradient_shared_bytes(const QueryGradientOptions& options) {
 }
 struct QueryGradientParams {
   Shape shape;
-  int run, runs;
+  int tile_positions, tiles;  ///< tiles: of a unit
   const float* sums;
   Rows out;
   float scale;

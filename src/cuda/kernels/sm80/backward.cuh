@@ -30,7 +30,7 @@ struct Backward : BackwardBlock<kOptions, config_of(kOptions).tiles(), config_of
  private:
   using Block::add_key_gradients, Block::differentiate_softmax, Block::exponentiate, Block::find_row_tiles;
   using Block::grad_key, Block::grad_value, Block::lane, Block::numbers, Block::params, Block::thread, Block::warp;
-  using Block::is_tested, Block::query_turn, Block::read_keys, Block::row_at, Block::row_tile, Block::wait_for;
+  using Block::has_row, Block::is_tested, Block::query_turn, Block::read_keys, Block::row_at, Block::row_tile, Block::wait_for;
   using Block::kColumnTiles, Block::kDim, Block::kKeyGroups, Block::kKeys, Block::kOwnPairs, Block::kPairs;
   using Block::kPartRows, Block::kRows, Block::kSplit, Block::kStages;
   using Block::warp_key, Block::warp_part, Block::work;
@@ -60,9 +60,9 @@ struct Backward : BackwardBlock<kOptions, config_of(kOptions).tiles(), config_of
     const u16* const base = from.at<u16>(work.b, work.first_query, work.unit * params.shape.pack);
     copy_rows<kThreads>(to, thread_index_anew(), [&](int row, int column) {
       const int r = row_tile * kRows + row;
+      const bool exists = has_row(r);
       const Row at = row_at(r);
-      return Source{base + (r < work.rows ? at.query * from.position + at.head * from.head + column : 0),
-                    r < work.rows};
+      return Source{base + (exists ? at.query * from.position + at.head * from.head + column : 0), exists};
     });
   }
   /// Starts copying what belongs to a tile of rows.

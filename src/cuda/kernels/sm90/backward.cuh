@@ -1,9 +1,11 @@
 // The backward pass on Hopper. Two warpgroups multiply: each has 64 of the block's keys, and with all of their dS makes
-// a half of a tile of dQ. The third one copies rows, and adds the tiles of dQ to global memory.
+// a half of a tile of dQ. A thread of the third one has tiles of rows copied, another the tiles of dQ added to global
+// memory.
 #pragma once
 #include "attention/backward_block.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/block.cuh"
+#include "ptx/boxes.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/number.cuh"
@@ -19,7 +21,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
   static constexpr HopperBackwardConfig kConfig = hopper_backward_config(kOptions.head_dim);
   static constexpr int kThreads = kConfig.kThreads, kBlocksPerMultiprocessor = 1;
   using Block = BackwardBlock<kOptions, kConfig.tiles(), kThreads>;
-  using Params = BackwardParams;
+  using Params = HopperBackwardParams;
 
   static void run(const Params& params, char* memory) {
     HopperBackward block(params, *reinterpret_cast<Shared*>(memory));
@@ -29,14 +31,14 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
  private:
   using Block::add_key_gradients, Block::differentiate_softmax, Block::exponentiate, Block::find_row_tiles;
   using Block::grad_key, Block::grad_value, Block::lane, Block::numbers, Block::params, Block::thread, Block::warp;
-  using Block::is_tested, Block::key_of, Block::query_turn, Block::read_keys, Block::row_at, Block::row_tile;
+  using Block::is_tested, Block::key_of, Block::query_turn, Block::read_keys, Block::row_tile;
   using Block::kColumnTiles, Block::kDim, Block::kKeys, Block::kRows, Block::kStages;
   using Block::wait_for;
   using Block::warp_key, Block::work;
-  using typename Block::Row, typename Block::Scores, typename Block::Sums, typename Block::T;
+  using typename Block::Scores, typename Block::Sums, typename Block::T;
   static constexpr int kChunks = kOptions.head_dim / 8, kPanels = kConfig.panels();
   static constexpr int kConsumerThreads = kConfig.kConsumers * kWarpgroup;
-  static constexpr int kCopyThreads = 64;  // the warp after them adds dQ
+  static constexpr int kCopier = kConsumerThreads, kAdder = kCopier + kWarp;  // threads
   static constexpr QueryTile kQueryTile = kConfig.query_tile();
   /// Which products run while the same warpgroup computes: dP beside P, and dV beside dS. There may be too few
   /// registers for that; the other warpgroup's run anyway.
@@ -49,12 +51,6 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
   using ScorePanels = Panels<kKeys, kRows / 64>;
   using QuerySums = float[kQueryTile.blocks()][4];
 
-  /// Where the rows of the run are. It stands in shared memory, as the warps that copy have few registers.
-  struct RowOrigins {
-    const u16* first;
-    int query, head;       // strides
-    const float* numbers;  // lse, delta
-  };
   /// The picture of shared memory.
   struct Shared {
     KeyPanels key, value;
@@ -64,15 +60,16 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     typename Block::Numbers numbers;
     Barrier query_full[kStages], query_empty[kStages], grad_out_full[kStages], grad_out_empty[kStages];
     Barrier grad_query_full, grad_query_empty;
-    RowOrigins query_rows, grad_out_rows;
   };
   static_assert(sizeof(Shared) <= kConfig.shared_bytes && kConfig.shared_bytes <= shared_capacity(90));
 
   enum NamedBarrier { kGradScores = 1, kSums = 2 };
 
+  const TensorMap &query_map, &grad_out_map;
   Shared& shared;
 
-  HopperBackward(const Params& given, Shared& memory) : Block(given, memory.numbers), shared(memory) {}
+  HopperBackward(const Params& given, Shared& memory)
+      : Block(given.pass, memory.numbers), query_map(given.query), grad_out_map(given.grad_out), shared(memory) {}
 
   void differentiate() {
     set_up();
@@ -82,9 +79,9 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
       add_key_gradients(numbers.tile_count, kConsumerThreads, [] { sync_threads(kSums, kConsumerThreads); });
     } else {
       shrink_registers<kConfig.kCopyRegisters>();
-      if (warp < (kConsumerThreads + kCopyThreads) / kWarp)
+      if (thread == kCopier)
         copy_rows();
-      else if (thread == kConsumerThreads + kCopyThreads)
+      else if (thread == kAdder)
         add_query_gradients();
     }
   }
@@ -92,21 +89,14 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
   void set_up() {
     if (thread == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
-        init(shared.query_full[stage], kCopyThreads);
-        init(shared.grad_out_full[stage], kCopyThreads);
+        init(shared.query_full[stage], 1);
+        init(shared.grad_out_full[stage], 1);
         init(shared.query_empty[stage], kConsumerThreads);
         init(shared.grad_out_empty[stage], kConsumerThreads);
       }
       init(shared.grad_query_full, kConsumerThreads);
       init(shared.grad_query_empty, 1);
       fence_barriers();
-      const i64 first = work.row_tiles * kRows;
-      const auto origins = [&](const Rows& rows, const float* of_rows) {
-        return RowOrigins{rows.at<u16>(work.b, work.first_query, work.unit * params.shape.pack),
-                          static_cast<int>(rows.position), static_cast<int>(rows.head), of_rows + first};
-      };
-      shared.query_rows = origins(params.query, params.lse);
-      shared.grad_out_rows = origins(params.grad_out, params.delta);
     }
     read_keys();
     const auto copy = [&](const Rows& from, KeyPanels& to) {
@@ -123,8 +113,11 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
       const auto pad = [&](auto& tile) { zero_padding<kChunks, kPanels * 64>(tile, thread, kThreads); };
       pad(shared.key);
       pad(shared.value);
-      for (int stage = 0; stage < kStages; ++stage) pad(shared.query[stage]), pad(shared.grad_out[stage]);
     }
+    const int rows = params.tile_positions * params.shape.pack;
+    if (rows < kRows)
+      for (int stage = 0; stage < kStages; ++stage)
+        zero_rows(shared.query[stage], rows, thread, kThreads), zero_rows(shared.grad_out[stage], rows, thread, kThreads);
     wait_copies<0>();
     fence_for_bulk();
     find_row_tiles();
@@ -136,26 +129,29 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
 
   // ---- rows
 
+  /// By one thread, which the copy engine works for.
   void copy_rows() {
+    prefetch_map(query_map);
+    prefetch_map(grad_out_map);
 #pragma unroll 1
     for (int i = 0; i < numbers.tile_count; ++i) {
-      const int stage = stage_of(i);
+      const int stage = stage_of(i), tile = row_tile(i);
       wait(shared.query_empty[stage], parity_of(i) ^ 1);
-      copy_tile(shared.query_rows, shared.query[stage], numbers.lse[stage], row_tile(i) * kRows);
-      arrive_after_copies(shared.query_full[stage]);
+      copy_tile(query_map, shared.query[stage], params.lse, numbers.lse[stage], tile, shared.query_full[stage]);
       wait(shared.grad_out_empty[stage], parity_of(i) ^ 1);
-      copy_tile(shared.grad_out_rows, shared.grad_out[stage], numbers.delta[stage], row_tile(i) * kRows);
-      arrive_after_copies(shared.grad_out_full[stage]);
+      copy_tile(grad_out_map, shared.grad_out[stage], params.delta, numbers.delta[stage], tile,
+                shared.grad_out_full[stage]);
     }
   }
-  void copy_tile(const RowOrigins& from, RowPanels& to, float* to_numbers, int first_row) {
-    const int thread = thread_index_anew() % kCopyThreads;
-    gather_rows<kChunks, kCopyThreads, 1>(to, thread, [&](int row) -> const u16* {
-      if (first_row + row >= work.rows) return nullptr;
-      const Row at = row_at(first_row + row);
-      return from.first + at.query * from.query + at.head * from.head;
-    });
-    if (thread < kRows / 4) copy_async_16(to_numbers + thread * 4, from.numbers + first_row + thread * 4, true);
+  void copy_tile(const TensorMap& map, RowPanels& to, const float* of_rows, float (&to_numbers)[kRows], int tile,
+                 Barrier& full) {
+    const int pack = params.shape.pack, positions = params.tile_positions;
+    arrive_expecting(full, kPanels * positions * pack * kPanelRowBytes + kRows * 4);
+#pragma unroll
+    for (int panel = 0; panel < kPanels; ++panel)
+      load_box(to.panel(panel), map, panel * kPanelColumns, work.unit * pack, work.first_query + tile * positions,
+               work.b, full);
+    bulk_load(to_numbers, of_rows + (work.row_tiles + tile) * kRows, kRows * 4, full);
   }
 
   /// One thread adds tiles of dQ, which the copy engine does; deterministic: in the order of the tiles of keys.
@@ -195,19 +191,21 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
       QuerySums grad_query;
       multiply_scores(score, warpgroup, i);
       work_at(score, grad_query, warpgroup, i);
-      wait_products<0>();
+      wait_products<1>();  // but dK's
+      arrive(shared.grad_out_empty[stage_of(i)]);
       hand_over(grad_query, i);
+      wait_products<0>();
+      arrive(shared.query_empty[stage_of(i)]);
     }
   }
 
   /// S^T = K Q^T
   void multiply_scores(Scores& score, int warpgroup, int i) {
     wait(shared.query_full[stage_of(i)], parity_of(i));
-    fence_for_bulk();
     multiply_keys(score, shared.key, shared.query[stage_of(i)], warpgroup);
   }
 
-  /// From the scores of a tile of rows to its part of dV, dK and dQ, the last two of which are under way then.
+  /// From the scores of a tile of rows to its part of dV, dQ and dK, which are under way then.
   void work_at(Scores& score, QuerySums& grad_query, int warpgroup, int i) {
     const int stage = stage_of(i), tile = row_tile(i);
     ScorePanels& grad_scores = shared.grad_score[i % 2];
@@ -218,7 +216,6 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     u32 operand[kRows / 16][4];
     const auto multiply_values = [&] {  // dP^T = V dO^T
       wait(shared.grad_out_full[stage], parity_of(i));
-      fence_for_bulk();
       multiply_keys(grad_score, shared.value, shared.grad_out[stage], warpgroup);
     };
     if constexpr (kOverlap != Overlap::none) {
@@ -248,8 +245,8 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     pack_operand<T>(grad_operand, grad_score);
     fence_for_bulk();
     sync_threads(kGradScores, kConsumerThreads);
-    add_rows(grad_key, grad_operand, shared.query[stage]);
     multiply_grad_scores(grad_query, grad_scores, warpgroup);
+    add_rows(grad_key, grad_operand, shared.query[stage]);
   }
 
   /// The warpgroup's 64 keys x all rows, over the head dim.
@@ -287,10 +284,8 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     commit_products();
   }
 
-  /// A tile's products are there: its stage is free, and its dQ is written down for the thread that adds it.
+  /// The tile's dQ is written down for the thread that adds it.
   void hand_over(const QuerySums& grad_query, int i) {
-    arrive(shared.query_empty[stage_of(i)]);
-    arrive(shared.grad_out_empty[stage_of(i)]);
     wait(shared.grad_query_empty, i % 2 ^ 1);
     const int slot = kConfig.cuts_rows() ? warp : warp % 4 * 2 + warp / 4;  // as QueryTile says
     float* const to = shared.grad_query + (slot * kQueryTile.blocks() * kWarp + lane) * 4;

@@ -1,6 +1,7 @@
-// The backward pass on Hopper: its tile sizes.
+// The backward pass on Hopper: its tile sizes and parameters.
 #pragma once
 #include "attention/backward_params.cuh"
+#include "tensor_map.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -35,9 +36,14 @@ constexpr HopperBackwardConfig hopper_backward_config(int head_dim) {
   const int tiles = (2 * config.kKeys + 2 * config.kStages * config.rows) * config.panels() * 128 +
                     2 * config.kKeys * config.rows * 2 + config.query_tile().size() * 4;
   const int numbers = config.kStages * config.rows * 8 + config.kKeys * 24 + kMostRowTiles * 3 + 80;
-  const int barriers = 10 * 8, origins = 2 * 24;
-  config.shared_bytes = round_up(tiles + numbers + barriers + origins, 1024);
+  const int barriers = 10 * 8;
+  config.shared_bytes = round_up(tiles + numbers + barriers, 1024);
   return config;
 }
+
+struct HopperBackwardParams {
+  BackwardParams pass;
+  TensorMap query, grad_out;  ///< boxes of a tile of rows
+};
 
 }  // namespace flash_dmattn::cuda

@@ -19,6 +19,8 @@ struct alignas(1024) Panels {
     return bytes + chunk / 8 * kPanelBytes + row * kPanelRowBytes + ((chunk % 8 ^ row % 8) << 4);
   }
 
+  char* panel(int index) { return bytes + index * kPanelBytes; }
+
   /// As an operand whose rows are those of A, or the columns of B, from `first` on.
   Operand rows(int first = 0) const { return operand(bytes + first * kPanelRowBytes, 16, 8 * kPanelRowBytes); }
   /// From there to 16 * step further along the columns.
@@ -48,14 +50,22 @@ void gather_rows(AnyPanels& to, int thread, const RowAt& row_at) {
   }
 }
 
+struct alignas(16) SixteenZeros {
+  u32 words[4] = {};
+};
 /// Zeros in the chunks from `kChunks` on that products read: nothing is ever copied there.
 template <int kChunks, int kDim, class AnyPanels>
 void zero_padding(AnyPanels& tile, int thread, int threads) {
-  struct alignas(16) Zeros {
-    u32 words[4] = {};
-  };
   for (int row = thread; row < AnyPanels::kRows; row += threads)
-    for (int chunk = kChunks; chunk < kDim / 8; ++chunk) *reinterpret_cast<Zeros*>(tile.chunk(row, chunk)) = Zeros{};
+    for (int chunk = kChunks; chunk < kDim / 8; ++chunk)
+      *reinterpret_cast<SixteenZeros*>(tile.chunk(row, chunk)) = SixteenZeros{};
+}
+/// Zeros in the rows from `first` on.
+template <class AnyPanels>
+void zero_rows(AnyPanels& tile, int first, int thread, int threads) {
+  constexpr int kChunks = AnyPanels::kPanels * 8;
+  for (int i = first * kChunks + thread; i < AnyPanels::kRows * kChunks; i += threads)
+    *reinterpret_cast<SixteenZeros*>(tile.chunk(i / kChunks, i % kChunks)) = SixteenZeros{};
 }
 
 /// Accumulators as operand A of the next products, 16 columns after the other.
