@@ -50,8 +50,8 @@ class GpuStream : public Stream {
     // From dimension to dimension, the contiguous one first; strides are in bytes. That of a dimension of one is free.
     const auto bytes = [](i64 stride, int size) { return size > 1 ? 2 * stride : 16; };
     const auto sizes = of(columns, heads, positions, batch);
-    const auto strides = of(bytes(boxes.rows.head, heads), bytes(boxes.rows.position, positions),
-                            bytes(boxes.rows.batch, batch));
+    const auto strides =
+        of(bytes(boxes.rows.head, heads), bytes(boxes.rows.position, positions), bytes(boxes.rows.batch, batch));
     const std::array<unsigned, 4> box{kBoxColumns, static_cast<unsigned>(boxes.heads),
                                       static_cast<unsigned>(boxes.positions), 1},
         steps{1, 1, 1, 1};

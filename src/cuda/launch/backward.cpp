@@ -127,9 +127,7 @@ class Pass {
   static constexpr int kRunRows = 1024, kShortRun = 512, kLongRun = 2048;  // the last two in positions
   static constexpr int kRounds = 8;                                        // of blocks on a multiprocessor
 
-  bool takes_hopper() const {
-    return family() == Family::hopper && has_hopper_backward(options_);
-  }
+  bool takes_hopper() const { return family() == Family::hopper && has_hopper_backward(options_); }
 
   void allocate_sums() {
     const i64 query = row_tiles_ * blocks_.query_tile.size();
@@ -159,8 +157,7 @@ class Pass {
     lse_ = stream_.allocate_array<float>(static_cast<std::size_t>(2 * rows));
     delta_ = lse_ + rows;
     grad_out_ = is_hopper_ ? boxed_input(output_gradient_.out, stream_) : aligned_input(output_gradient_.out, stream_);
-    stream_.launch(rows_kernel("BackwardRows", options_.number), {blocks_of(rows * lanes_of_row(shape_.head_dim))},
-                   kRowThreads, 0,
+    stream_.launch(rows_kernel("BackwardRows", options_.number), {static_cast<unsigned>(row_tiles_)}, kRowThreads, 0,
                    BackwardRowsParams{.shape = shape_,
                                       .tile_rows = blocks_.tiles.rows,
                                       .tile_positions = tile_positions_,

@@ -35,7 +35,8 @@ struct BackwardBlocks {
   int threads, shared_bytes;
 };
 
-/// A tile of rows has all heads of a unit at as many neighbouring positions as fit; rows to spare at its end are nobody's.
+/// A tile of rows has all heads of a unit at as many neighbouring positions as fit; rows to spare at its end are
+/// nobody's.
 constexpr int positions_of_tile(int rows, int pack) { return rows / pack; }
 constexpr int kMostRowTiles = 256;  ///< of a run
 
@@ -83,8 +84,8 @@ struct BackwardParams {
   float* grad_query;             ///< tiles: (B, units, runs, tiles of a run, QueryTile::size())
   float *grad_key, *grad_value;  ///< (B, K, Hk, BackwardTiles::dim), columns in the order of column_in_sums
   Part part;
-  int key_tiles;     ///< of the longest list
-  int group;         ///< lists whose tiles are worked at together
+  int key_tiles;       ///< of the longest list
+  int group;           ///< lists whose tiles are worked at together
   int tile_positions;  ///< positions_of_tile
   u32 inverse_pack;    ///< 2^16 / pack, rounded up: r / pack is r * inverse_pack >> 16 for the rows r of a tile
   // Deterministic: the next block's number, whose turn it is to add to a tile of dQ, and to dK and dV of a KV head.

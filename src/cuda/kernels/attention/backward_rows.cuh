@@ -15,8 +15,8 @@ struct alignas(16) Floats {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-/// delta = sum(out * dO) - dLse and lse in base 2, in the order in which tiles hold the rows. A few neighbouring
-/// threads have a row.
+/// delta = sum(out * dO) - dLse and lse in base 2, in the order in which tiles hold the rows. A block has a tile, and a
+/// few neighbouring threads have a row.
 template <Number kNumber>
 struct BackwardRows {
   static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
@@ -25,35 +25,59 @@ struct BackwardRows {
 
   static void run(const Params& params, char*) {
     const Shape& shape = params.shape;
+    const int of_batches = block_index() / params.tiles;
+    const int unit = of_batches % shape.units(), b = of_batches / shape.units();
+    const int first_query = block_index() % params.tiles * params.tile_positions;
     const int lanes = lanes_of_row(shape.head_dim), lane = thread_index() % lanes;
-    const i64 row = static_cast<i64>(block_index()) * (kThreads / lanes) + thread_index() / lanes;
-    const i64 tile = row / params.tile_rows, of_batches = tile / params.tiles;
-    const int b = static_cast<int>(of_batches / shape.units()), unit = static_cast<int>(of_batches % shape.units());
-    const int within = static_cast<int>(row % params.tile_rows), position = within / shape.pack;
-    const int query = static_cast<int>(tile % params.tiles) * params.tile_positions + position,
-              head = unit * shape.pack + within % shape.pack;
-    const bool exists = b < shape.batch && position < params.tile_positions && query < shape.query_len;
-    float sum = 0;
-    if (exists) {
-      const T* const out = params.out.template at<T>(b, query, head);
-      const T* const grad_out = params.grad_out.template at<T>(b, query, head);
-      for (int d = lane * kChunk; d < shape.head_dim; d += lanes * kChunk) {
-        const Chunk x = *reinterpret_cast<const Chunk*>(out + d), y = *reinterpret_cast<const Chunk*>(grad_out + d);
-        for (int i = 0; i < kChunk; ++i) sum += number(x, i) * number(y, i);
+    // Several rows at a time: their loads are under way together.
+    const int step = kThreads / lanes;
+    for (int first = thread_index() / lanes; first < params.tile_rows; first += kBatch * step) {
+      Row rows[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = first + i * step, position = row / shape.pack, query = first_query + position;
+        if (row < params.tile_rows && position < params.tile_positions && query < shape.query_len)
+          rows[i].load(params, b, query, unit * shape.pack + row % shape.pack, lane);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int row = first + i * step;
+        if (row >= params.tile_rows) break;
+        float sum = rows[i].product();
+        for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+        if (lane != 0) continue;
+        const i64 at = static_cast<i64>(block_index()) * params.tile_rows + row;
+        const bool sees_nothing = rows[i].lse == -kInfinity;
+        params.base_2_lse[at] = sees_nothing ? kInfinity : rows[i].lse * kLog2E;
+        params.delta[at] = sees_nothing ? 0.0f : sum - rows[i].grad_lse;
       }
     }
-    for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-    if (lane != 0 || b >= shape.batch) return;
-    float lse = -kInfinity;
-    if (exists) {
-      lse = *params.lse.at(b, head, query);
-      if (params.grad_lse.data) sum -= *params.grad_lse.at(b, head, query);
-    }
-    params.base_2_lse[row] = lse == -kInfinity ? kInfinity : lse * kLog2E;
-    params.delta[row] = lse == -kInfinity ? 0.0f : sum;
   }
 
  private:
+  static constexpr int kBatch = 2;
+
+  /// What a thread has of a row: eight columns, and the first one its numbers.
+  struct Row {
+    Chunk out{}, grad_out{};
+    float lse = -kInfinity, grad_lse = 0;
+
+    void load(const Params& params, int b, int query, int head, int lane) {
+      const int column = lane * kChunk;
+      if (column < params.shape.head_dim) {
+        out = *reinterpret_cast<const Chunk*>(params.out.template at<T>(b, query, head) + column);
+        grad_out = *reinterpret_cast<const Chunk*>(params.grad_out.template at<T>(b, query, head) + column);
+      }
+      if (lane != 0) return;
+      lse = *params.lse.at(b, head, query);
+      if (params.grad_lse.data) grad_lse = *params.grad_lse.at(b, head, query);
+    }
+    float product() const {
+      float sum = 0;
+      for (int i = 0; i < kChunk; ++i) sum += number(out, i) * number(grad_out, i);
+      return sum;
+    }
+  };
   static float number(const Chunk& chunk, int i) {
     return to_float(T{static_cast<u16>(chunk.words[i / 2] >> i % 2 * 16)});
   }

@@ -30,7 +30,8 @@ struct Backward : BackwardBlock<kOptions, config_of(kOptions).tiles(), config_of
  private:
   using Block::add_key_gradients, Block::differentiate_softmax, Block::exponentiate, Block::find_row_tiles;
   using Block::grad_key, Block::grad_value, Block::lane, Block::numbers, Block::params, Block::thread, Block::warp;
-  using Block::has_row, Block::is_tested, Block::query_turn, Block::read_keys, Block::row_at, Block::row_tile, Block::wait_for;
+  using Block::has_row, Block::is_tested, Block::query_turn, Block::read_keys, Block::row_at, Block::row_tile,
+      Block::wait_for;
   using Block::kColumnTiles, Block::kDim, Block::kKeyGroups, Block::kKeys, Block::kOwnPairs, Block::kPairs;
   using Block::kPartRows, Block::kRows, Block::kSplit, Block::kStages;
   using Block::warp_key, Block::warp_part, Block::work;

@@ -59,7 +59,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     float grad_query[kQueryTile.size()];
     typename Block::Numbers numbers;
     Barrier query_full[kStages], query_empty[kStages], grad_out_full[kStages], grad_out_empty[kStages];
-    Barrier grad_query_full, grad_query_empty;
+    Barrier grad_query_full, grad_query_empty, keys_full;
   };
   static_assert(sizeof(Shared) <= kConfig.shared_bytes && kConfig.shared_bytes <= shared_capacity(90));
 
@@ -96,6 +96,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
       }
       init(shared.grad_query_full, kConsumerThreads);
       init(shared.grad_query_empty, 1);
+      init(shared.keys_full, kThreads);
       fence_barriers();
     }
     read_keys();
@@ -108,7 +109,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     };
     copy(params.key, shared.key);
     copy(params.value, shared.value);
-    commit_copies();
+    arrive_after_copies(shared.keys_full);
     if constexpr (kPanels * 64 != kOptions.head_dim) {
       const auto pad = [&](auto& tile) { zero_padding<kChunks, kPanels * 64>(tile, thread, kThreads); };
       pad(shared.key);
@@ -117,8 +118,8 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     const int rows = params.tile_positions * params.shape.pack;
     if (rows < kRows)
       for (int stage = 0; stage < kStages; ++stage)
-        zero_rows(shared.query[stage], rows, thread, kThreads), zero_rows(shared.grad_out[stage], rows, thread, kThreads);
-    wait_copies<0>();
+        zero_rows(shared.query[stage], rows, thread, kThreads),
+            zero_rows(shared.grad_out[stage], rows, thread, kThreads);
     fence_for_bulk();
     find_row_tiles();
   }
@@ -185,6 +186,8 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
 #pragma unroll
     for (auto& block : grad_value) block[0] = block[1] = block[2] = block[3] = 0;
     const int warpgroup = shuffle(thread / kWarpgroup, 0);
+    wait(shared.keys_full, 0);
+    fence_for_bulk();
 #pragma unroll 1
     for (int i = 0; i < numbers.tile_count; ++i) {
       Scores score;

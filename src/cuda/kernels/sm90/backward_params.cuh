@@ -36,7 +36,7 @@ constexpr HopperBackwardConfig hopper_backward_config(int head_dim) {
   const int tiles = (2 * config.kKeys + 2 * config.kStages * config.rows) * config.panels() * 128 +
                     2 * config.kKeys * config.rows * 2 + config.query_tile().size() * 4;
   const int numbers = config.kStages * config.rows * 8 + config.kKeys * 24 + kMostRowTiles * 3 + 80;
-  const int barriers = 10 * 8;
+  const int barriers = 11 * 8;
   config.shared_bytes = round_up(tiles + numbers + barriers, 1024);
   return config;
 }
