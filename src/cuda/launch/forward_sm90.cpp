@@ -41,14 +41,18 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
   if (works > kLargest)
     throw InvalidArgument("query: is " + std::to_string(works) + " tiles of rows, takes at most 2147483647 on a GPU");
   const Rows out = aligned_output(output.out, stream);
-  const HopperForwardParams params{.scores = make_scores(problem, shape, made.plan, stream),
-                                   .value = key_rows("value", problem.value, stream),
-                                   .out = out,
-                                   .lse = row_numbers(output.lse),
-                                   .works = static_cast<u32>(works),
-                                   .units = shape.units(),
-                                   .units_per_kv_head = shape.units() / shape.kv_heads,
-                                   .inverse_pack = static_cast<u32>((1 << 16) / shape.pack + 1)};
+  const ScoresParams scores = make_scores(problem, shape, made.plan, stream);
+  const Rows query = boxed_input(scores.query, problem.query, stream);
+  const HopperForwardParams params{
+      .scores = scores,
+      .value = key_rows("value", problem.value, stream),
+      .out = out,
+      .lse = row_numbers(output.lse),
+      .works = static_cast<u32>(works),
+      .units = shape.units(),
+      .units_per_kv_head = shape.units() / shape.kv_heads,
+      .inverse_pack = static_cast<u32>((1 << 16) / shape.pack + 1),
+      .query = stream.tensor_map(boxes_of(query, problem.query, made.plan.run, shape.pack))};
   stream.launch(kernel(options), {static_cast<unsigned>(std::min<i64>(works, stream.multiprocessors()))},
                 config.threads(), config.shared_bytes, params);
   write_back(out, output.out, stream);

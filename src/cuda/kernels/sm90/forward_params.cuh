@@ -1,6 +1,7 @@
 // The forward pass on Hopper: its options, tile sizes and parameters.
 #pragma once
 #include "attention/scores_params.cuh"
+#include "tensor_map.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -59,6 +60,7 @@ struct HopperForwardParams {
   u32 works;  ///< tiles of rows
   int units, units_per_kv_head;
   u32 inverse_pack;  ///< row / pack is  row * inverse_pack >> 16
+  TensorMap query;   ///< boxes of a tile of rows
 };
 
 }  // namespace flash_dmattn::cuda
