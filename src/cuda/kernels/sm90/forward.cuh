@@ -47,6 +47,7 @@ struct HopperForward {
     int round;  // the block's works before
     Work work;
     KeyList list;
+    int kv_head;
     const u16 *key, *value;
     const void* bias;  // BiasKind::per_key
   };
@@ -71,9 +72,10 @@ struct HopperForward {
     if (thread_index() == 0) {
       init(shared.query_full, 1);
       init(shared.query_empty, kConsumers * kWarpgroup);
+      const int copies = params.by_boxes ? 0 : kWarpgroup;
       for (int stage = 0; stage < kStages; ++stage) {
-        init(shared.key_full[stage], kWarpgroup + 1);
-        init(shared.value_full[stage], kWarpgroup);
+        init(shared.key_full[stage], copies + 1);
+        init(shared.value_full[stage], copies + 1);
         init(shared.key_empty[stage], kConsumers * kWarpgroup);
         init(shared.value_empty[stage], kConsumers * kWarpgroup);
       }
@@ -173,6 +175,7 @@ struct HopperForward {
                       .tested = least(list.full, list.count) / kKeys,
                       .whole = whole};
       origins.list = list;
+      origins.kv_head = kv_head;
       origins.key = scores.key.template at<u16>(place.b, 0, kv_head);
       origins.value = params.value.template at<u16>(place.b, 0, kv_head);
       if constexpr (kHasKeyBias) origins.bias = Biases<T>(scores).row(place.b, place.unit * scores.shape.pack, 0);
@@ -194,15 +197,14 @@ struct HopperForward {
           if (tile >= shared.origins.work.tested) copy_test(tile, key, numbers);
         }
         sync_threads(kCopying, kWarpgroup);
-        copy_keys(shared.key[ring.stage], shared.origins.key, params.scores.key.position, numbers);
-        arrive_after_copies(shared.key_full[ring.stage]);
-        if (thread() == 0) arrive(shared.key_full[ring.stage]);
+        copy_rows(tile, shared.key[ring.stage], params.key_boxes, shared.origins.key, params.scores.key.position,
+                  shared.key_full[ring.stage]);
         // After what finds place while the last tile of rows is being finished.
         if (tile == least(kStages, tiles) - 1) copy_queries();
         if (tile + 1 < tiles) fetch(tile + 1);
         wait(shared.value_empty[ring.stage], ring.parity ^ 1);
-        copy_keys(shared.value[ring.stage], shared.origins.value, params.value.position, numbers);
-        arrive_after_copies(shared.value_full[ring.stage]);
+        copy_rows(tile, shared.value[ring.stage], params.value_boxes, shared.origins.value, params.value.position,
+                  shared.value_full[ring.stage]);
         ring.advance();
       }
       if (tiles == 0) copy_queries();
@@ -223,17 +225,32 @@ struct HopperForward {
       const int position = params.scores.logits.sign == 0 ? shape.query_len : work.first_query;
 #pragma unroll
       for (int panel = 0; panel < kPanels; ++panel)
-        load_box(shared.query.panel(panel), params.query, panel * kPanelColumns, work.unit * shape.pack, position,
+        load_box(shared.query.panel(panel), params.query_boxes, panel * kPanelColumns, work.unit * shape.pack, position,
                  work.b, shared.query_full);
     }
+    /// A tile of keys or values, by the copy engine if it can. After it has come, so have the numbers.
     template <class Tile>
-    void copy_keys(Tile& to, const u16* from, i64 stride, const KeyNumbers& numbers) {
+    void copy_rows(int tile, Tile& to, const TensorMap& boxes, const u16* from, i64 stride, Barrier& full) {
+      if (params.by_boxes) {
+        if (thread() == 0) {
+          arrive_expecting(full, sizeof to.bytes);
+          const Origins& origins = shared.origins;
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel)
+            load_box(to.panel(panel), boxes, panel * kPanelColumns, origins.kv_head, tile * kKeys, origins.work.b,
+                     full);
+        }
+        return;
+      }
       // In bytes and 32 bits, an address is one instruction. make_scores refuses longer strides.
       const int bytes = static_cast<int>(stride) * 2;
+      const KeyNumbers& numbers = shared.numbers[ring.stage];
       gather_rows<kChunks>(to, thread(), [&](int row) {
         return reinterpret_cast<const u16*>(reinterpret_cast<const char*>(from) +
                                             static_cast<i64>(numbers.position[row]) * bytes);
       });
+      arrive_after_copies(full);
+      if (thread() == 0) arrive(full);
     }
 
     // What belongs to the keys of a tile is fetched before it is needed: a thread looks after one key. Entries beyond
@@ -330,8 +347,7 @@ struct HopperForward {
       const int tested = uniform(work.tested);
       Scores s;
       float scale[1][2];
-      wait(shared.key_full[ring.stage], ring.parity);
-      fence_for_bulk();
+      wait_keys();
       fence_registers(reinterpret_cast<float (&)[kDim / 2]>(out));
       multiply_keys(s);
       wait_products<0>();
@@ -350,20 +366,27 @@ struct HopperForward {
         pack_operand<T>(probabilities, s[0]);
         next_tile();
         if (tile + 1 == tiles) break;
-        wait(shared.key_full[ring.stage], ring.parity);
-        fence_for_bulk();
+        wait_keys();
         my_turn();
         multiply_keys(s);
         multiply_values();
         next_turn();
       }
       arrive(shared.query_empty);
-      fence_for_bulk();
+      see_copies();
       multiply_values();
       wait_products<0>();
       arrive(shared.value_empty[last.stage]);
     }
 
+    /// What threads have copied is seen by products only after a fence.
+    void see_copies() const {
+      if (!params.by_boxes) fence_for_bulk();
+    }
+    void wait_keys() const {
+      wait(shared.key_full[ring.stage], ring.parity);
+      see_copies();
+    }
     /// From the last tile, whose values come before the next one's keys.
     void next_tile() {
       last = ring;

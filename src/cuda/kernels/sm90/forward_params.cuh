@@ -59,8 +59,9 @@ struct HopperForwardParams {
   RowNumbers lse;
   u32 works;  ///< tiles of rows
   int units, units_per_kv_head;
-  u32 inverse_pack;  ///< row / pack is  row * inverse_pack >> 16
-  TensorMap query;   ///< boxes of a tile of rows
+  u32 inverse_pack;                               ///< row / pack is  row * inverse_pack >> 16
+  int by_boxes;                                   ///< whether keys and values come in boxes: the keys 0, 1, 2, …
+  TensorMap query_boxes, key_boxes, value_boxes;  ///< of a tile
 };
 
 }  // namespace flash_dmattn::cuda
