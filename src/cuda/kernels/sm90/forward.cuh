@@ -458,21 +458,47 @@ struct HopperForward {
     }
 
     void write(const Work& work, Softmax<1>& softmax) {
+      const int lane = Consumer::lane();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Row row = row_at(params, row_of(half));
-        float sum = quad_sum(softmax.sum[0][half]), scale = fast_reciprocal(sum);
-        if (row.query >= work.queries) continue;
+        const bool exists = row.query < work.queries;
         const int q = work.first_query + row.query, h = work.unit * params.scores.shape.pack + row.head;
-        if (sum == 0 || params.scores.plan.is_hidden(work.b, work.unit, q)) scale = sum = 0;
-        if (lane() % 4 == 0)
+        float sum = quad_sum(softmax.sum[0][half]), scale = fast_reciprocal(sum);
+        if (sum == 0 || (exists && params.scores.plan.is_hidden(work.b, work.unit, q))) scale = sum = 0;
+        if (exists && lane % 4 == 0)
           *params.lse.at(work.b, h, q) = natural_lse(softmax.finite_reference(0, half) * softmax.factor, sum);
-        u32* const to = reinterpret_cast<u32*>(params.out.template at<u16>(work.b, q, h)) + lane() % 4;
+        Chunk* const to = reinterpret_cast<Chunk*>(params.out.template at<u16>(work.b, q, h)) + lane % 4;
 #pragma unroll
-        for (int n = 0; n < kOutTiles; ++n)
-          if (kDim == kOptions.head_dim || n < kChunks)
-            to[4 * n] = cuda::pack<T>(out[0][n][2 * half] * scale, out[0][n][2 * half + 1] * scale);
+        for (int n = 0; n < kOutTiles; n += 4) {
+          Chunk chunk;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* const two = out[0][n + i] + 2 * half;
+            chunk.words[i] = cuda::pack<T>(two[0] * scale, two[1] * scale);
+          }
+          transpose_in_quads(chunk.words, lane);
+          if (exists && (kDim == kOptions.head_dim || n + lane % 4 < kChunks)) to[n] = chunk;
+        }
       }
+    }
+    /// 8 columns of a row.
+    struct alignas(16) Chunk {
+      u32 words[4];
+    };
+    /// Of the 4 x 4 words of the threads of a quad: column i of a chunk is thread i's at first, the whole of chunk i
+    /// then.
+    static void transpose_in_quads(u32 (&words)[4], int lane) {
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i & step) continue;
+          u32 &low = words[i], &high = words[i + step];
+          const bool is_high = (lane & step) != 0;
+          const u32 other = shuffle_xor(is_high ? low : high, step);
+          (is_high ? low : high) = other;
+        }
     }
   };
 };
