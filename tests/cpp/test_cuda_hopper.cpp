@@ -66,6 +66,36 @@ TEST(hopper_forward_of_spans) {
         check_forward(test::make_inputs(random, n, DType::bfloat16, is_causal), multiprocessors);
 }
 
+// Query heads that do not divide the rows of a tile, and queries that count as zeros.
+TEST(hopper_forward_of_rows_to_spare) {
+  Random random(4);
+  for (const double scale : {0.1, 0.0})
+    for (const Sizes& n : {Sizes{1, 130, 77, 5, 1, 64}, Sizes{2, 70, 333, 14, 2, 64}, Sizes{1, 3, 200, 100, 1, 64}}) {
+      Inputs in = test::make_inputs(random, n, DType::bfloat16, true);
+      in.scale = scale;
+      check_forward(in);
+    }
+}
+
+TEST(hopper_forward_of_expanded_rows) {
+  Random random(6);
+  for (const int dimension : {0, 1, 2})
+    for (const bool is_causal : {false, true}) {
+      Inputs in = test::make_inputs(random, {2, 200, 200, 4, 2, 64}, DType::bfloat16, is_causal);
+      const auto expand = [&](Tensor<4>& t) {
+        Index<4> size = t.size;
+        size[dimension] = 1;
+        t = normal(random, DType::bfloat16, size).expand(dimension, t.size[dimension]);
+      };
+      expand(in.query);
+      check_forward(in);
+      expand(in.key);
+      check_forward(in);
+      expand(in.value);
+      check_forward(in);
+    }
+}
+
 TEST(hopper_forward_of_head_dims) {
   Random random(2);
   for (const std::int64_t D : {5, 90, 96, 128, 168, 250}) {

@@ -42,8 +42,10 @@ struct Plan {
   /// The position of entry i of a list.
   int key(const KeyList& list, int i) const { return positions ? positions[list.offset + i] : i; }
   /// Test::interval: the positions that see a key.
-  Interval interval(int b, int unit, int key) const {
-    return {is_causal ? key : kSmallest, end ? end[b * end_batch + unit * end_unit + key * end_key] : kLargest};
+  Interval interval(int b, int unit, int key) const { return {start_of(key), end_of(b, unit, key)}; }
+  int start_of(int key) const { return is_causal ? key : kSmallest; }
+  int end_of(int b, int unit, int key) const {
+    return end ? end[b * end_batch + unit * end_unit + key * end_key] : kLargest;
   }
   /// Whether the mask hides a query from every key.
   bool is_hidden(int b, int unit, int query) const {

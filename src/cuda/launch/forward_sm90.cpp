@@ -41,14 +41,30 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
   if (works > kLargest)
     throw InvalidArgument("query: is " + std::to_string(works) + " tiles of rows, takes at most 2147483647 on a GPU");
   const Rows out = aligned_output(output.out, stream);
-  const HopperForwardParams params{.scores = make_scores(problem, shape, made.plan, stream),
-                                   .value = key_rows("value", problem.value, stream),
-                                   .out = out,
-                                   .lse = row_numbers(output.lse),
-                                   .works = static_cast<u32>(works),
-                                   .units = shape.units(),
-                                   .units_per_kv_head = shape.units() / shape.kv_heads,
-                                   .inverse_pack = static_cast<u32>((1 << 16) / shape.pack + 1)};
+  const ScoresParams scores = make_scores(problem, shape, made.plan, stream);
+  const Rows value = key_rows("value", problem.value, stream);
+  HopperForwardParams params{.scores = scores,
+                             .value = value,
+                             .out = out,
+                             .lse = row_numbers(output.lse),
+                             .works = static_cast<u32>(works),
+                             .units = shape.units(),
+                             .units_per_kv_head = shape.units() / shape.kv_heads,
+                             .inverse_pack = static_cast<u32>((1 << 16) / shape.pack + 1),
+                             .by_boxes = !made.plan.positions && shape.key_len > 0 &&
+                                         has_boxes(scores.key, problem.key) && has_boxes(value, problem.value),
+                             .query_boxes = {},
+                             .key_boxes = {},
+                             .value_boxes = {}};
+  const auto boxes = [&](const Rows& rows, const View<4>& view, int positions, int heads) {
+    return stream.tensor_map(boxes_of(rows, view, positions, heads));
+  };
+  params.query_boxes =
+      boxes(boxed_input(scores.query, problem.query, stream), problem.query, made.plan.run, shape.pack);
+  if (params.by_boxes) {
+    params.key_boxes = boxes(scores.key, problem.key, config.keys, 1);
+    params.value_boxes = boxes(value, problem.value, config.keys, 1);
+  }
   stream.launch(kernel(options), {static_cast<unsigned>(std::min<i64>(works, stream.multiprocessors()))},
                 config.threads(), config.shared_bytes, params);
   write_back(out, output.out, stream);

@@ -53,10 +53,15 @@ Rows aligned_input(const View<4>& view, Stream& stream) {
   return is_aligned(view) ? as_rows(view) : copied_input(view, stream);
 }
 
-Rows boxed_input(const View<4>& view, Stream& stream) {
-  bool fits = is_aligned(view);
-  for (int i = 0; i < 3; ++i) fits = fits && (view.size[i] == 1 || view.stride[i] > 0);
-  return fits ? as_rows(view) : copied_input(view, stream);
+Rows boxed_input(const View<4>& view, Stream& stream) { return boxed_input(aligned_input(view, stream), view, stream); }
+Rows boxed_input(const Rows& aligned, const View<4>& view, Stream& stream) {
+  return has_boxes(aligned, view) ? aligned : copied_input(view, stream);
+}
+bool has_boxes(const Rows& rows, const View<4>& view) {
+  const i64 strides[] = {rows.batch, rows.position, rows.head};
+  bool fits = true;
+  for (int i = 0; i < 3; ++i) fits = fits && (view.size[i] == 1 || strides[i] > 0);
+  return fits;
 }
 TensorBoxes boxes_of(const Rows& rows, const View<4>& view, int positions, int heads) {
   const auto size = [&](int i) { return static_cast<int>(view.size[i]); };

@@ -17,8 +17,11 @@ constexpr std::int64_t padded_dim(std::int64_t head_dim) { return round_up_wide(
 /// copy in memory of `stream`.
 Rows aligned_input(const View<4>& view, Stream& stream);
 
-/// The same for what the copy engine reads, which takes no stride of 0 and none below.
+/// The same for what the copy engine reads; `aligned`: where aligned_input has found or put it.
 Rows boxed_input(const View<4>& view, Stream& stream);
+Rows boxed_input(const Rows& aligned, const View<4>& view, Stream& stream);
+/// Whether the copy engine takes the strides: none is 0 or below.
+bool has_boxes(const Rows& rows, const View<4>& view);
 TensorBoxes boxes_of(const Rows& rows, const View<4>& view, int positions, int heads);
 
 /// Where a kernel writes what is meant for `view`: the view itself, or memory of `stream`.

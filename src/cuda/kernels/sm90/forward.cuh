@@ -6,6 +6,7 @@
 #include "attention/softmax.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/block.cuh"
+#include "ptx/boxes.cuh"
 #include "ptx/bulk.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/number.cuh"
@@ -21,7 +22,7 @@ struct HopperForward {
   static constexpr HopperForwardConfig kConfig = hopper_forward_config(kOptions);
   static constexpr int kThreads = kConfig.threads(), kBlocksPerMultiprocessor = 1;
   static constexpr int kRows = kConfig.rows, kKeys = kConfig.keys, kStages = kConfig.stages, kDim = kConfig.dim;
-  static constexpr int kConsumers = kConfig.consumers(), kChunks = kOptions.head_dim / 8;
+  static constexpr int kConsumers = kConfig.consumers(), kPanels = kConfig.panels(), kChunks = kOptions.head_dim / 8;
   static constexpr int kTestWords = hopper_test_words(kOptions.test);
   static constexpr bool kHasKeyBias = kOptions.bias == BiasKind::per_key, kHasBits = kOptions.test == Test::bits;
   using Params = HopperForwardParams;
@@ -43,15 +44,17 @@ struct HopperForward {
   };
   /// Where what a tile of rows needs is. It stands in shared memory, as registers are short.
   struct Origins {
+    int round;  // the block's works before
     Work work;
     KeyList list;
-    const u16 *query, *key, *value;  // query: the first row
-    const void* bias;                // BiasKind::per_key
+    int kv_head;
+    const u16 *key, *value;
+    const void* bias;  // BiasKind::per_key
   };
   /// The picture of shared memory.
   struct Shared {
-    Panels<kRows, kConfig.panels()> query;
-    Panels<kKeys, kConfig.panels()> key[kStages], value[kStages];
+    Panels<kRows, kPanels> query;
+    Panels<kKeys, kPanels> key[kStages], value[kStages];
     KeyNumbers numbers[kStages];                                        // of `key`
     const void* row_bias[kOptions.bias == BiasKind::full ? kRows : 1];  // of key 0
     Barrier query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
@@ -67,24 +70,18 @@ struct HopperForward {
   static void run(const Params& params, char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (thread_index() == 0) {
-      init(shared.query_full, 2 * kWarpgroup);
+      init(shared.query_full, 1);
       init(shared.query_empty, kConsumers * kWarpgroup);
+      const int copies = params.by_boxes ? 0 : kWarpgroup;
       for (int stage = 0; stage < kStages; ++stage) {
-        init(shared.key_full[stage], 2 * kWarpgroup);
-        init(shared.value_full[stage], kWarpgroup);
+        init(shared.key_full[stage], copies + 1);
+        init(shared.value_full[stage], copies + 1);
         init(shared.key_empty[stage], kConsumers * kWarpgroup);
         init(shared.value_empty[stage], kConsumers * kWarpgroup);
       }
       fence_barriers();
     }
-    if constexpr (kDim != kOptions.head_dim) {
-      zero_padding<kChunks, kDim>(shared.query, thread_index(), kThreads);
-      for (int stage = 0; stage < kStages; ++stage) {
-        zero_padding<kChunks, kDim>(shared.key[stage], thread_index(), kThreads);
-        zero_padding<kChunks, kDim>(shared.value[stage], thread_index(), kThreads);
-      }
-      fence_for_bulk();
-    }
+    zero_uncopied(params, shared);
     sync_block();
     if (thread_index() / kWarpgroup == kConsumers) {
       shrink_registers<kConfig.copy_registers>();
@@ -93,6 +90,17 @@ struct HopperForward {
       grow_registers<kConfig.registers>();
       Consumer(params, shared).run();
     }
+  }
+
+  /// What products read and nothing is ever copied to.
+  static void zero_uncopied(const Params& params, Shared& shared) {
+    zero_rows(shared.query, rows_of_tile(params), thread_index(), kThreads);
+    if constexpr (kDim != kOptions.head_dim)
+      for (int stage = 0; stage < kStages; ++stage) {
+        zero_padding<kChunks, kDim>(shared.key[stage], thread_index(), kThreads);
+        zero_padding<kChunks, kDim>(shared.value[stage], thread_index(), kThreads);
+      }
+    fence_for_bulk();
   }
 
   /// Where a tile of keys stands: stages are taken in turn, and each time the barriers have the other parity.
@@ -105,6 +113,8 @@ struct HopperForward {
   /// Of a value that all threads of a warp have: the compiler then keeps it, and what follows from it, once for all.
   static int uniform(int x) { return shuffle(x, 0); }
 
+  /// Of kRows; the others are to spare.
+  static int rows_of_tile(const Params& params) { return params.scores.plan.run * params.scores.shape.pack; }
   /// A row of a tile.
   struct Row {
     int query, head;  // counted from the tile's first
@@ -121,7 +131,7 @@ struct HopperForward {
     // Of this thread's key of the next tile.
     int position;
     u32 bias;             // its bits
-    Interval seen;        // where it is tested
+    int end;              // where it is tested by intervals
     int second_position;  // of the key after it, in the tile after that
 
     Producer(const Params& given, Shared& memory) : params(given), shared(memory) {}
@@ -129,21 +139,27 @@ struct HopperForward {
     // Registers are scarce: where a thread is, is read anew.
     static int thread() { return thread_index_anew() % kWarpgroup; }
 
-    /// Blocks go there and back over all tiles of rows, longest lists first: each gets long ones and short ones.
     void run() {
-      const u32 blocks = grid_blocks();
-      int round = 0;
-#pragma unroll 1
-      for (; true; ++round) {
-        const u32 block = block_index(), index = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
-        if (index >= params.works) break;
-        sync_threads(kCopying, kWarpgroup);  // nobody reads the last origins
-        if (thread() == 0) find_origins(Place(params.scores, static_cast<int>(index), params.units));
-        sync_threads(kCopying, kWarpgroup);
-        copy(round);
+      if (thread() == 0) shared.origins.round = -1;
+      while (find_work()) copy();
+      copy_queries();
+    }
+
+    /// Blocks go there and back over all tiles of rows, longest lists first: each gets long ones and short ones. False:
+    /// there is no more.
+    bool find_work() {
+      sync_threads(kCopying, kWarpgroup);  // nobody reads the last origins
+      if (thread() == 0) {
+        const u32 round = ++shared.origins.round;
+        const u32 blocks = grid_blocks(), block = block_index();
+        const u32 index = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+        if (index < params.works)
+          find_origins(Place(params.scores, static_cast<int>(index), params.units));
+        else
+          shared.origins.work = Work{};
       }
-      announce(Work{}, round);
-      arrive_after_copies(shared.query_full);
+      sync_threads(kCopying, kWarpgroup);
+      return shared.origins.work.tiles >= 0;
     }
 
     void find_origins(const Place& place) {
@@ -159,22 +175,14 @@ struct HopperForward {
                       .tested = least(list.full, list.count) / kKeys,
                       .whole = whole};
       origins.list = list;
-      origins.query = scores.query.template at<u16>(place.b, place.first_query, place.unit * scores.shape.pack);
+      origins.kv_head = kv_head;
       origins.key = scores.key.template at<u16>(place.b, 0, kv_head);
       origins.value = params.value.template at<u16>(place.b, 0, kv_head);
       if constexpr (kHasKeyBias) origins.bias = Biases<T>(scores).row(place.b, place.unit * scores.shape.pack, 0);
     }
 
-    /// As soon as the queries' place is free, which the work's place is then: the consumers have finished the last but
-    /// one.
-    void announce(const Work& work, int round) {
-      wait(shared.query_empty, round % 2 ^ 1);
-      if (thread() == 0) shared.work[round % 2] = work;
-      arrive(shared.query_full);
-    }
-
-    void copy(int round) {
-      const int tiles = shared.origins.work.tiles;
+    void copy() {
+      const int& tiles = shared.origins.work.tiles;
       if (tiles > 0) {
         fetch_position(0);
         fetch(0);
@@ -189,39 +197,60 @@ struct HopperForward {
           if (tile >= shared.origins.work.tested) copy_test(tile, key, numbers);
         }
         sync_threads(kCopying, kWarpgroup);
-        copy_keys(shared.key[ring.stage], shared.origins.key, params.scores.key.position, numbers);
-        arrive_after_copies(shared.key_full[ring.stage]);
-        arrive(shared.key_full[ring.stage]);
+        copy_rows(tile, shared.key[ring.stage], params.key_boxes, shared.origins.key, params.scores.key.position,
+                  shared.key_full[ring.stage]);
         // After what finds place while the last tile of rows is being finished.
-        if (tile == least(kStages, tiles) - 1) copy_queries(round);
+        if (tile == least(kStages, tiles) - 1) copy_queries();
         if (tile + 1 < tiles) fetch(tile + 1);
         wait(shared.value_empty[ring.stage], ring.parity ^ 1);
-        copy_keys(shared.value[ring.stage], shared.origins.value, params.value.position, numbers);
-        arrive_after_copies(shared.value_full[ring.stage]);
+        copy_rows(tile, shared.value[ring.stage], params.value_boxes, shared.origins.value, params.value.position,
+                  shared.value_full[ring.stage]);
         ring.advance();
       }
-      if (tiles == 0) copy_queries(round);
+      if (tiles == 0) copy_queries();
     }
 
-    void copy_queries(int round) {
-      announce(shared.origins.work, round);
-      const Rows& rows = params.scores.query;
-      const u16* const first = shared.origins.query;
-      const int queries = params.scores.logits.sign == 0 ? 0 : shared.origins.work.queries;
-      gather_rows<kChunks>(shared.query, thread(), [&](int index) {
-        const Row row = row_at(params, index);
-        return row.query < queries ? first + row.query * rows.position + row.head * rows.head : nullptr;
-      });
-      arrive_after_copies(shared.query_full);
+    /// By one thread, which the copy engine works for, as soon as the queries' place is free. Then the work's place is,
+    /// too: the consumers have finished the last but one.
+    void copy_queries() {
+      if (thread() != 0) return;
+      const Work& work = shared.origins.work;
+      const Shape& shape = params.scores.shape;
+      const int round = shared.origins.round % 2;
+      wait(shared.query_empty, round ^ 1);
+      shared.work[round] = work;
+      if (work.tiles <= 0) return arrive(shared.query_full);
+      arrive_expecting(shared.query_full, kPanels * rows_of_tile(params) * kPanelRowBytes);
+      // Beyond the last query there are zeros.
+      const int position = params.scores.logits.sign == 0 ? shape.query_len : work.first_query;
+#pragma unroll
+      for (int panel = 0; panel < kPanels; ++panel)
+        load_box(shared.query.panel(panel), params.query_boxes, panel * kPanelColumns, work.unit * shape.pack, position,
+                 work.b, shared.query_full);
     }
+    /// A tile of keys or values, by the copy engine if it can. After it has come, so have the numbers.
     template <class Tile>
-    void copy_keys(Tile& to, const u16* from, i64 stride, const KeyNumbers& numbers) {
+    void copy_rows(int tile, Tile& to, const TensorMap& boxes, const u16* from, i64 stride, Barrier& full) {
+      if (params.by_boxes) {
+        if (thread() == 0) {
+          arrive_expecting(full, sizeof to.bytes);
+          const Origins& origins = shared.origins;
+#pragma unroll
+          for (int panel = 0; panel < kPanels; ++panel)
+            load_box(to.panel(panel), boxes, panel * kPanelColumns, origins.kv_head, tile * kKeys, origins.work.b,
+                     full);
+        }
+        return;
+      }
       // In bytes and 32 bits, an address is one instruction. make_scores refuses longer strides.
       const int bytes = static_cast<int>(stride) * 2;
+      const KeyNumbers& numbers = shared.numbers[ring.stage];
       gather_rows<kChunks>(to, thread(), [&](int row) {
         return reinterpret_cast<const u16*>(reinterpret_cast<const char*>(from) +
                                             static_cast<i64>(numbers.position[row]) * bytes);
       });
+      arrive_after_copies(full);
+      if (thread() == 0) arrive(full);
     }
 
     // What belongs to the keys of a tile is fetched before it is needed: a thread looks after one key. Entries beyond
@@ -237,7 +266,7 @@ struct HopperForward {
       position = second_position;
       if constexpr (kHasKeyBias) bias = Biases<T>(params.scores).bits(shared.origins.bias, position);
       const Work& work = shared.origins.work;
-      if (!kHasBits && tile >= work.tested) seen = params.scores.plan.interval(work.b, work.unit, position);
+      if (!kHasBits && tile >= work.tested) end = params.scores.plan.end_of(work.b, work.unit, position);
       fetch_position(tile + 1);
     }
     void copy_test(int tile, int key, KeyNumbers& numbers) const {
@@ -256,8 +285,8 @@ struct HopperForward {
         const auto row_of = [&](int p) {
           return static_cast<u32>(most<i64>(0, least<i64>(p - first, work.queries))) * params.scores.shape.pack;
         };
-        numbers.test[key] = row_of(seen.start);
-        numbers.test[kKeys + key] = exists ? row_of(seen.end) : 0;
+        numbers.test[key] = row_of(params.scores.plan.start_of(position));
+        numbers.test[kKeys + key] = exists ? row_of(end) : 0;
       }
     }
   };
@@ -318,8 +347,7 @@ struct HopperForward {
       const int tested = uniform(work.tested);
       Scores s;
       float scale[1][2];
-      wait(shared.key_full[ring.stage], ring.parity);
-      fence_for_bulk();
+      wait_keys();
       fence_registers(reinterpret_cast<float (&)[kDim / 2]>(out));
       multiply_keys(s);
       wait_products<0>();
@@ -338,20 +366,27 @@ struct HopperForward {
         pack_operand<T>(probabilities, s[0]);
         next_tile();
         if (tile + 1 == tiles) break;
-        wait(shared.key_full[ring.stage], ring.parity);
-        fence_for_bulk();
+        wait_keys();
         my_turn();
         multiply_keys(s);
         multiply_values();
         next_turn();
       }
       arrive(shared.query_empty);
-      fence_for_bulk();
+      see_copies();
       multiply_values();
       wait_products<0>();
       arrive(shared.value_empty[last.stage]);
     }
 
+    /// What threads have copied is seen by products only after a fence.
+    void see_copies() const {
+      if (!params.by_boxes) fence_for_bulk();
+    }
+    void wait_keys() const {
+      wait(shared.key_full[ring.stage], ring.parity);
+      see_copies();
+    }
     /// From the last tile, whose values come before the next one's keys.
     void next_tile() {
       last = ring;
@@ -423,21 +458,47 @@ struct HopperForward {
     }
 
     void write(const Work& work, Softmax<1>& softmax) {
+      const int lane = Consumer::lane();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const Row row = row_at(params, row_of(half));
-        float sum = quad_sum(softmax.sum[0][half]), scale = fast_reciprocal(sum);
-        if (row.query >= work.queries) continue;
+        const bool exists = row.query < work.queries;
         const int q = work.first_query + row.query, h = work.unit * params.scores.shape.pack + row.head;
-        if (sum == 0 || params.scores.plan.is_hidden(work.b, work.unit, q)) scale = sum = 0;
-        if (lane() % 4 == 0)
+        float sum = quad_sum(softmax.sum[0][half]), scale = fast_reciprocal(sum);
+        if (sum == 0 || (exists && params.scores.plan.is_hidden(work.b, work.unit, q))) scale = sum = 0;
+        if (exists && lane % 4 == 0)
           *params.lse.at(work.b, h, q) = natural_lse(softmax.finite_reference(0, half) * softmax.factor, sum);
-        u32* const to = reinterpret_cast<u32*>(params.out.template at<u16>(work.b, q, h)) + lane() % 4;
+        Chunk* const to = reinterpret_cast<Chunk*>(params.out.template at<u16>(work.b, q, h)) + lane % 4;
 #pragma unroll
-        for (int n = 0; n < kOutTiles; ++n)
-          if (kDim == kOptions.head_dim || n < kChunks)
-            to[4 * n] = cuda::pack<T>(out[0][n][2 * half] * scale, out[0][n][2 * half + 1] * scale);
+        for (int n = 0; n < kOutTiles; n += 4) {
+          Chunk chunk;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* const two = out[0][n + i] + 2 * half;
+            chunk.words[i] = cuda::pack<T>(two[0] * scale, two[1] * scale);
+          }
+          transpose_in_quads(chunk.words, lane);
+          if (exists && (kDim == kOptions.head_dim || n + lane % 4 < kChunks)) to[n] = chunk;
+        }
       }
+    }
+    /// 8 columns of a row.
+    struct alignas(16) Chunk {
+      u32 words[4];
+    };
+    /// Of the 4 x 4 words of the threads of a quad: column i of a chunk is thread i's at first, the whole of chunk i
+    /// then.
+    static void transpose_in_quads(u32 (&words)[4], int lane) {
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (i & step) continue;
+          u32 &low = words[i], &high = words[i + step];
+          const bool is_high = (lane & step) != 0;
+          const u32 other = shuffle_xor(is_high ? low : high, step);
+          (is_high ? low : high) = other;
+        }
     }
   };
 };

@@ -1,6 +1,7 @@
 // The forward pass on Hopper: its options, tile sizes and parameters.
 #pragma once
 #include "attention/scores_params.cuh"
+#include "tensor_map.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -46,7 +47,7 @@ constexpr HopperForwardConfig hopper_forward_config(const HopperForwardOptions& 
   };
   const bool is_full = options.bias == BiasKind::full;  // its addresses take registers
   if (head_dim <= 64) return is_full ? make(64, 128, 128, 4) : make(64, 192, options.softcap ? 96 : 128, 4);
-  if (head_dim <= 96) return is_full ? make(96, 128, 96, 3) : make(96, 192, 96, 3);
+  if (head_dim <= 96) return is_full ? make(96, 128, 96, 3) : make(96, 192, options.softcap ? 80 : 96, 3);
   if (head_dim <= 128) return is_full ? make(128, 128, 96, 3) : make(128, 192, 80, 4);
   if (head_dim <= 192) return make(192, 128, is_full ? 64 : 96, 2);
   return is_full ? make(256, 128, 32, 4) : make(256, 128, 64, 2);
@@ -58,7 +59,9 @@ struct HopperForwardParams {
   RowNumbers lse;
   u32 works;  ///< tiles of rows
   int units, units_per_kv_head;
-  u32 inverse_pack;  ///< row / pack is  row * inverse_pack >> 16
+  u32 inverse_pack;                               ///< row / pack is  row * inverse_pack >> 16
+  int by_boxes;                                   ///< whether keys and values come in boxes: the keys 0, 1, 2, …
+  TensorMap query_boxes, key_boxes, value_boxes;  ///< of a tile
 };
 
 }  // namespace flash_dmattn::cuda
