@@ -33,9 +33,9 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; it takes a torch.Tensor {layout}")
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise TypeError(f"{name} has layout {value.layout}; it takes a dense (torch.strided) tensor")
-    if value.dim() != ndim:
+    if value.ndim != ndim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it takes {ndim} dimensions {layout}")
 
 
@@ -65,8 +65,9 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
     dtype, device = query.dtype, query.device
     check_dtype("query", query, FLOATING)
     for name, tensor in (("key", key), ("value", value)):
-        check_dtype(name, tensor, (dtype,))
-        check_device(name, tensor, device, "query")
+        if tensor.dtype != dtype or tensor.device != device:
+            check_dtype(name, tensor, (dtype,))
+            check_device(name, tensor, device, "query")
 
     batch, query_len, heads, head_dim = query.shape
     key_batch, key_len, kv_heads, key_head_dim = key_shape = key.shape
@@ -171,5 +172,6 @@ def check_no_nan(name: str, score: Tensor) -> None:
 
 
 def check_backend(name: str, value: Tensor, backend: str, devices: tuple[str, ...]) -> None:
-    if value.device.type not in devices:
+    # Not device.type, which makes a string each time.
+    if not (value.is_cuda and "cuda" in devices or value.is_cpu and "cpu" in devices):
         raise ValueError(f"{name} is on {value.device}; the {backend} backend takes tensors on {' or '.join(devices)}")
