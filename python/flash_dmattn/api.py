@@ -174,7 +174,7 @@ def _attention(
     *,
     keep_window_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    # Under torch.set_default_device each read of a tensor's attribute would go through Python: about 1 us, dozens of times.
+    # Else under torch.set_default_device each attribute of a tensor would go through Python: 1 us, dozens of times.
     with torch._C.DisableTorchFunction():
         checks.check_flag("deterministic", deterministic)
         checks.check_flag("return_attn_probs", return_attn_probs)

@@ -173,5 +173,5 @@ def check_no_nan(name: str, score: Tensor) -> None:
 
 def check_backend(name: str, value: Tensor, backend: str, devices: tuple[str, ...]) -> None:
     # Not device.type, which makes a string each time.
-    if not (value.is_cuda and "cuda" in devices or value.is_cpu and "cpu" in devices):
+    if not ((value.is_cuda and "cuda" in devices) or (value.is_cpu and "cpu" in devices)):
         raise ValueError(f"{name} is on {value.device}; the {backend} backend takes tensors on {' or '.join(devices)}")
