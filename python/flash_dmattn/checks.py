@@ -94,9 +94,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
 def check_shape(name: str, shape: tuple[int, ...], sizes: Sizes, *, broadcast: bool = True) -> None:
     """(B | 1, 1 | Hk | H, Q, K), where with `broadcast` Q and K may be 1."""
     batch, query_len, key_len, heads, kv_heads, _ = sizes
-    lengths = ((1, query_len), (1, key_len)) if broadcast else ((query_len,), (key_len,))
-    takes = ((1, batch), (1, kv_heads, heads), *lengths)
-    if not (shape[0] in takes[0] and shape[1] in takes[1] and shape[2] in takes[2] and shape[3] in takes[3]):
+    least_q, least_k = (1, 1) if broadcast else (query_len, key_len)
+    b, h, q, k = shape
+    if not (b in (1, batch) and h in (1, kv_heads, heads) and q in (least_q, query_len) and k in (least_k, key_len)):
+        takes = (1, batch), (1, kv_heads, heads), (least_q, query_len), (least_k, key_len)
         wanted = ", ".join(" | ".join(str(size) for size in dict.fromkeys(sizes)) for sizes in takes)
         raise ValueError(f"{name} has shape {tuple(shape)}; it takes (batch, heads, query_len, key_len) = ({wanted})")
 
