@@ -72,11 +72,11 @@ def make_problem(
             raise ValueError(
                 f"keep_window_size is {keep_window_size}; with a DynamicMask as attn_mask, which has one, it takes None"
             )
-        if attn_bias is None:
+        if bias is None:
             raise ValueError(
                 f"keep_window_size is {keep_window_size}; without attn_bias, whose values score the keys, it takes None"
             )
-        score = _unexpand(attn_bias.detach() if attn_bias.requires_grad else attn_bias)
+        score = _unexpand(bias.detach()) if bias.requires_grad else bias
         checks.check_no_nan("attn_bias", score)
         mask, dynamic = _best_keys(score, mask, keep_window_size, sizes.query_len, sizes.key_len, causal)
 
