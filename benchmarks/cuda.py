@@ -23,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -346,35 +347,80 @@ def million() -> Rows:
     yield quantity("the same, time per token at N 1048576 over that at 65536", per_token[1] / per_token[0], "x")
 
 
+@contextlib.contextmanager
+def without_default_device() -> Iterator[None]:
+    """As most programs run: under a default device each function or attribute of a tensor takes a microsecond more."""
+    torch.set_default_device(None)
+    try:
+        yield
+    finally:
+        torch.set_default_device("cuda")
+
+
+def host_us(call: Callable[[], object], *, gradients: bool = False) -> float:
+    samples = []
+    with torch.set_grad_enabled(gradients):
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(50):
+                call()
+            samples.append((time.perf_counter() - start) / 50)
+    return 1e6 * statistics.median(samples[1:])
+
+
 def host() -> Rows:
     """Wall clock of calls that nobody waits for."""
-    query, key, value = (x.detach() for x in inputs(256))
-    bias = scores(256).detach()
-    made = DynamicMask.from_score(bias[:, :, 0], 64)
+    leaves, leaf_bias = inputs(256), scores(256)
+    query, key, value = (x.detach() for x in leaves)
+    bias = leaf_bias.detach()
+    score = bias[:, :, 0]
+    made = DynamicMask.from_score(score, 64)
     heads_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
-    out, lse = operators.forward(query, key, value, *[None] * 4, 0.1, 0.0, True, False)
-    rest = query, key, value, out, lse, *[None] * 4, 0.1, 0.0, True, False, False
+    options = 0.1, 0.0, True, False
+    out, lse = operators.forward(query, key, value, *[None] * 4, *options)
+    rest = query, key, value, out, lse, *[None] * 4, *options, False
+
+    class Operator(torch.autograd.Function):
+        """What gradients cost, whoever asks for them."""
+
+        @staticmethod
+        def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            out, lse = operators.forward(*tensors, *[None] * 4, *options)
+            ctx.save_for_backward(*tensors, out, lse)
+            return out, lse
+
     calls = {
         "torch's SDPA": lambda: F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True),
         "torch's new_empty, twice": lambda: (query.new_empty(query.shape), query.new_empty(lse.shape)),
-        "operator forward, causal": lambda: operators.forward(query, key, value, *[None] * 4, 0.1, 0.0, True, False),
+        "operator forward, causal": lambda: operators.forward(query, key, value, *[None] * 4, *options),
         "operator backward, causal": lambda: operators.backward(out, None, *rest),
         "operator forward, dynamic mask": lambda: operators.forward(
-            query, key, value, None, bias, made.end, made.survivors, 0.1, 0.0, True, False
+            query, key, value, None, bias, made.end, made.survivors, *options
         ),
-        "operator dynamic_mask": lambda: operators.dynamic_mask(bias[:, :, 0], None, 64, 256, True),
+        "operator dynamic_mask": lambda: operators.dynamic_mask(score, None, 64, 256, True),
+        "operator probabilities": lambda: operators.probabilities(query, key, lse, *[None] * 4, *options[:3]),
         "flash_dmattn_func, causal": lambda: flash_dmattn_func(query, key, value, is_causal=True),
+        "flash_dmattn_func, dynamic mask": lambda: flash_dmattn_func(query, key, value, made, bias),
+        "flash_dmattn_func, keep_window_size": lambda: flash_dmattn_func(
+            query, key, value, None, bias, is_causal=True, keep_window_size=64
+        ),
+        "flash_dmattn_func, return_attn_probs": lambda: flash_dmattn_func(
+            query, key, value, is_causal=True, return_attn_probs=True
+        ),
     }
-    for name, call in calls.items():
-        samples = []
-        with torch.no_grad():
-            for _ in range(20):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                for _ in range(50):
-                    call()
-                samples.append((time.perf_counter() - start) / 50)
-        yield quantity(f"host time per call, {name}", 1e6 * statistics.median(samples[1:]), "µs")
+    with_gradients = {
+        "operator forward in an autograd.Function, causal": lambda: Operator.apply(*leaves),
+        "flash_dmattn_func, causal": lambda: flash_dmattn_func(*leaves, is_causal=True),
+        "flash_dmattn_func, dynamic mask": lambda: flash_dmattn_func(*leaves, made, leaf_bias),
+    }
+    with without_default_device():
+        for name, call in calls.items():
+            yield quantity(f"host time per call, {name}", host_us(call), "µs")
+        for name, call in with_gradients.items():
+            yield quantity(f"host time per call, {name}, with gradients", host_us(call, gradients=True), "µs")
+    for name in ("operator forward, causal", "flash_dmattn_func, causal"):
+        yield quantity(f"host time per call, {name}, under a default device", host_us(calls[name]), "µs")
 
 
 FIRST_CALL = """
@@ -482,13 +528,13 @@ def main() -> int:
     described = machine()
     print(", ".join(f"{name} {value}" for name, value in described.items()))
     rows: list[dict] = []
-    with torch.device("cuda"):
-        for name in options.cases:
-            start = time.perf_counter()
-            rows.extend(run(name))
-            print(f"  ({name}: {time.perf_counter() - start:.0f} s)", flush=True)
-            if options.out:  # after each case: nothing is lost
-                options.out.write_text(json.dumps({"machine": described, "results": rows}, indent=1) + "\n")
+    torch.set_default_device("cuda")
+    for name in options.cases:
+        start = time.perf_counter()
+        rows.extend(run(name))
+        print(f"  ({name}: {time.perf_counter() - start:.0f} s)", flush=True)
+        if options.out:  # after each case: nothing is lost
+            options.out.write_text(json.dumps({"machine": described, "results": rows}, indent=1) + "\n")
     return 0 if all(row.get("right", True) and "failed" not in row for row in rows) else 1
 
 

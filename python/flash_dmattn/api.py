@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import checks
@@ -173,15 +174,17 @@ def _attention(
     *,
     keep_window_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    checks.check_flag("deterministic", deterministic)
-    checks.check_flag("return_attn_probs", return_attn_probs)
-    checks.check_tensors(query, key, value)
-    backend = backend or _best_backend(query)
-    module = _available(backend)
-    checks.check_backend("query", query, backend, module.DEVICES)
-    problem = make_problem(
-        query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, keep_window_size
-    )
+    # Else under torch.set_default_device each attribute of a tensor would go through Python: 1 us, dozens of times.
+    with torch._C.DisableTorchFunction():
+        checks.check_flag("deterministic", deterministic)
+        checks.check_flag("return_attn_probs", return_attn_probs)
+        checks.check_tensors(query, key, value)
+        backend = backend or _best_backend(query)
+        module = _available(backend)
+        checks.check_backend("query", query, backend, module.DEVICES)
+        problem = make_problem(
+            query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, keep_window_size
+        )
     if not return_attn_probs:
         return module.attention(problem)
     out, lse = module.attention_with_lse(problem)

@@ -33,9 +33,9 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; it takes a torch.Tensor {layout}")
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise TypeError(f"{name} has layout {value.layout}; it takes a dense (torch.strided) tensor")
-    if value.dim() != ndim:
+    if value.ndim != ndim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it takes {ndim} dimensions {layout}")
 
 
@@ -65,8 +65,9 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
     dtype, device = query.dtype, query.device
     check_dtype("query", query, FLOATING)
     for name, tensor in (("key", key), ("value", value)):
-        check_dtype(name, tensor, (dtype,))
-        check_device(name, tensor, device, "query")
+        if tensor.dtype != dtype or tensor.device != device:
+            check_dtype(name, tensor, (dtype,))
+            check_device(name, tensor, device, "query")
 
     batch, query_len, heads, head_dim = query.shape
     key_batch, key_len, kv_heads, key_head_dim = key_shape = key.shape
@@ -93,9 +94,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
 def check_shape(name: str, shape: tuple[int, ...], sizes: Sizes, *, broadcast: bool = True) -> None:
     """(B | 1, 1 | Hk | H, Q, K), where with `broadcast` Q and K may be 1."""
     batch, query_len, key_len, heads, kv_heads, _ = sizes
-    lengths = ((1, query_len), (1, key_len)) if broadcast else ((query_len,), (key_len,))
-    takes = ((1, batch), (1, kv_heads, heads), *lengths)
-    if not (shape[0] in takes[0] and shape[1] in takes[1] and shape[2] in takes[2] and shape[3] in takes[3]):
+    least_q, least_k = (1, 1) if broadcast else (query_len, key_len)
+    b, h, q, k = shape
+    if not (b in (1, batch) and h in (1, kv_heads, heads) and q in (least_q, query_len) and k in (least_k, key_len)):
+        takes = (1, batch), (1, kv_heads, heads), (least_q, query_len), (least_k, key_len)
         wanted = ", ".join(" | ".join(str(size) for size in dict.fromkeys(sizes)) for sizes in takes)
         raise ValueError(f"{name} has shape {tuple(shape)}; it takes (batch, heads, query_len, key_len) = ({wanted})")
 
@@ -171,5 +173,6 @@ def check_no_nan(name: str, score: Tensor) -> None:
 
 
 def check_backend(name: str, value: Tensor, backend: str, devices: tuple[str, ...]) -> None:
-    if value.device.type not in devices:
+    # Not device.type, which makes a string each time.
+    if not ((value.is_cuda and "cuda" in devices) or (value.is_cpu and "cpu" in devices)):
         raise ValueError(f"{name} is on {value.device}; the {backend} backend takes tensors on {' or '.join(devices)}")

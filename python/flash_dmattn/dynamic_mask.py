@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import checks, operators
 
 
-def _where_masks_are_made(score: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Without kernels of its own, a GPU has its masks made by the CPU."""
-    if score.is_cuda and operators.CUDA_MISSING:
-        return score.cpu(), None if visible is None else visible.cpu()
-    return score, visible
+def _make(operator: Callable[..., Any], score: Tensor, visible: Tensor | None, *options: Any) -> Any:
+    """What the operator gives. Without kernels of its own, a GPU has its masks made by the CPU."""
+    if not (score.is_cuda and operators.CUDA_MISSING):
+        return operator(score, visible, *options)
+    made = operator(score.cpu(), None if visible is None else visible.cpu(), *options)
+    return made.to(score.device) if isinstance(made, Tensor) else tuple(x.to(score.device) for x in made)
 
 
 def select_keys(score: Tensor, visible: Tensor | None, keep_window_size: int, is_causal: bool) -> Tensor:
     """(batch, heads, query_len, key_len) bool: the best keys of every row of score, among the visible."""
-    selected = operators.select_keys(*_where_masks_are_made(score, visible), keep_window_size, is_causal)
-    return selected.to(score.device)
+    selected: Tensor = _make(operators.select_keys, score, visible, keep_window_size, is_causal)
+    return selected
+
+
+def make_dynamic_mask(
+    score: Tensor, visible: Tensor | None, keep_window_size: int, query_len: int, is_causal: bool
+) -> tuple[Tensor, Tensor]:
+    """(end, survivors) of a `DynamicMask`, from score (batch, heads, key_len) and visible (batch | 1, key_len) bool."""
+    end, survivors = _make(operators.dynamic_mask, score, visible, keep_window_size, query_len, is_causal)
+    return end, survivors
 
 
 class DynamicMask:
@@ -77,16 +89,10 @@ class DynamicMask:
         checks.check_count("query_len", query_len, least=0)
         if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
             key_padding_mask = key_padding_mask != 0
-        end, survivors = operators.dynamic_mask(
-            *_where_masks_are_made(score.detach(), key_padding_mask), keep_window_size, query_len, bool(is_causal)
+        end, survivors = make_dynamic_mask(
+            score.detach(), key_padding_mask, keep_window_size, query_len, bool(is_causal)
         )
-        return cls(
-            end.to(score.device),
-            keep_window_size,
-            is_causal=bool(is_causal),
-            query_len=query_len,
-            survivors=survivors.to(score.device),
-        )
+        return cls(end, keep_window_size, is_causal=bool(is_causal), query_len=query_len, survivors=survivors)
 
     @property
     def shape(self) -> torch.Size:

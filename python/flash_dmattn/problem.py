@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from . import checks
-from .dynamic_mask import DynamicMask, select_keys
+from .dynamic_mask import DynamicMask, make_dynamic_mask, select_keys
 
 
 class Problem(NamedTuple):
@@ -72,11 +72,11 @@ def make_problem(
             raise ValueError(
                 f"keep_window_size is {keep_window_size}; with a DynamicMask as attn_mask, which has one, it takes None"
             )
-        if attn_bias is None:
+        if bias is None:
             raise ValueError(
                 f"keep_window_size is {keep_window_size}; without attn_bias, whose values score the keys, it takes None"
             )
-        score = _unexpand(attn_bias.detach())
+        score = _unexpand(bias.detach()) if bias.requires_grad else bias
         checks.check_no_nan("attn_bias", score)
         mask, dynamic = _best_keys(score, mask, keep_window_size, sizes.query_len, sizes.key_len, causal)
 
@@ -158,14 +158,11 @@ def _best_keys_of_all(
         made = _best_keys_of_all(score, mask, keep_window_size, query_len, key_len, is_causal)
         end, survivors = (x.view(batch, heads, *x.shape[2:]) for x in made)
         return end, survivors
-    dynamic = DynamicMask.from_score(
-        score.squeeze(2).expand(-1, -1, key_len),
-        keep_window_size,
-        is_causal=is_causal,
-        query_len=query_len,
-        key_padding_mask=None if mask is None else mask.squeeze((1, 2)).expand(-1, key_len),
-    )
-    return dynamic.end, dynamic.survivors
+    score = score.squeeze(2)
+    if score.size(2) != key_len:
+        score = score.expand(-1, -1, key_len)
+    visible = None if mask is None else mask.squeeze((1, 2)).expand(-1, key_len)
+    return make_dynamic_mask(score, visible, keep_window_size, query_len, is_causal)
 
 
 def _broadcast(score: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -146,6 +146,24 @@ def test_keep_window_size_is_the_dynamic_mask_of_the_bias(is_causal, query_len, 
     assert torch.equal(out, flash_dmattn_func(query, key, value, mask, attn_bias=bias))
 
 
+def test_a_default_device_costs_little(inputs):
+    """It is a mode of torch functions, which slows down each one that goes through it, attributes included."""
+    bias = torch.randn(2, 2, 1, 13)
+    seen = []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            seen.append(function)
+            return function(*arguments, **(options or {}))
+
+    expected = flash_dmattn_func(*inputs, attn_bias=bias, is_causal=True, keep_window_size=4)
+    with torch.no_grad(), Mode():
+        out = flash_dmattn_func(*inputs, attn_bias=bias, is_causal=True, keep_window_size=4)
+    assert torch.equal(out, expected)
+    assert torch.ops.flash_dmattn.forward.default in seen
+    assert len(seen) <= 2
+
+
 @pytest.mark.parametrize("score_heads, mask_heads", ((1, 1), (2, 1), (4, 2), (2, 4), (1, 4)))
 @pytest.mark.parametrize("mask_batch", (1, 2))
 def test_keep_window_size_selects_among_what_a_padding_mask_leaves(score_heads, mask_heads, mask_batch, inputs):

@@ -17,17 +17,21 @@ inline Number number_of(const Problem& problem) {
 }
 
 inline std::string text(int number) { return std::to_string(number); }
-inline std::string text(bool value) { return value ? "true" : "false"; }
-inline std::string text(Number number) { return number == Number::float16 ? "Number::float16" : "Number::bfloat16"; }
-inline std::string text(Test test) { return test == Test::interval ? "Test::interval" : "Test::bits"; }
-inline std::string text(BiasKind kind) {
+inline const char* text(bool value) { return value ? "true" : "false"; }
+inline const char* text(Number number) { return number == Number::float16 ? "Number::float16" : "Number::bfloat16"; }
+inline const char* text(Test test) { return test == Test::interval ? "Test::interval" : "Test::bits"; }
+inline const char* text(BiasKind kind) {
   return kind == BiasKind::none ? "BiasKind::none" : kind == BiasKind::per_key ? "BiasKind::per_key" : "BiasKind::full";
 }
 
-/// "name{a, b, c}"
+/// "name{a, b, c}". Every launch asks for it, so it takes memory once.
 template <class First, class... Option>
 std::string options_text(const char* name, First first, Option... option) {
-  return std::string(name) + "{" + text(first) + ((", " + text(option)) + ...) + "}";
+  std::string all;
+  all.reserve(160);
+  all.append(name).append("{").append(text(first));
+  (all.append(", ").append(text(option)), ...);
+  return all.append("}");
 }
 
 }  // namespace flash_dmattn::cuda
