@@ -22,7 +22,8 @@ struct HopperForward {
   static constexpr HopperForwardConfig kConfig = hopper_forward_config(kOptions);
   static constexpr int kThreads = kConfig.threads(), kBlocksPerMultiprocessor = 1;
   static constexpr int kRows = kConfig.rows, kKeys = kConfig.keys, kStages = kConfig.stages, kDim = kConfig.dim;
-  static constexpr int kConsumers = kConfig.consumers(), kPanels = kConfig.panels(), kChunks = kOptions.head_dim / 8;
+  static constexpr int kConsumers = kConfig.consumers(), kConsumerWarps = 4 * kConsumers;
+  static constexpr int kPanels = kConfig.panels(), kChunks = kOptions.head_dim / 8;
   static constexpr int kTestWords = hopper_test_words(kOptions.test);
   static constexpr bool kHasKeyBias = kOptions.bias == BiasKind::per_key, kHasBits = kOptions.test == Test::bits;
   using Params = HopperForwardParams;
@@ -61,7 +62,7 @@ struct HopperForward {
     Barrier key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
     Origins origins;             // of what is copied
     Work work[2][kConsumers];    // of each part of the queries: theirs and the last one's
-    int is_far[4 * kConsumers];  // of each warp, for Softmax
+    int is_far[kConsumerWarps];  // of each warp, for Softmax
   };
   static_assert(kKeys <= kWarpgroup && sizeof(Shared) <= kConfig.shared_bytes &&
                 kConfig.shared_bytes <= shared_capacity(90));
@@ -73,14 +74,14 @@ struct HopperForward {
     if (thread_index() == 0) {
       for (int part = 0; part < params.query_parts; ++part) {
         init(shared.query_full[part], 1);
-        init(shared.query_empty[part], kConsumers / params.query_parts * kWarpgroup);
+        init(shared.query_empty[part], kConsumerWarps / params.query_parts);
       }
       const int copies = params.by_boxes ? 0 : kWarpgroup;
       for (int stage = 0; stage < kStages; ++stage) {
         init(shared.key_full[stage], copies + 1);
         init(shared.value_full[stage], copies + 1);
-        init(shared.key_empty[stage], kConsumers * kWarpgroup);
-        init(shared.value_empty[stage], kConsumers * kWarpgroup);
+        init(shared.key_empty[stage], kConsumerWarps);
+        init(shared.value_empty[stage], kConsumerWarps);
       }
       fence_barriers();
     }
@@ -323,6 +324,12 @@ struct HopperForward {
     static int warp_row() { return thread_index_anew() / kWarp * 16; }  // its first of the tile
     static int row_of(int half) { return warp_row() + 8 * half + lane() / 4; }
 
+    /// By all threads of a warp: they do not need any more what is there. It counts once.
+    static void release(Barrier& empty) {
+      sync_warp();
+      arrive_if(empty, lane() == 0);
+    }
+
     void run() {
       if (kConfig.turns && warpgroup == kConsumers - 1) arrive_threads(kTurn, 2 * kWarpgroup);
 #pragma unroll 1
@@ -340,7 +347,7 @@ struct HopperForward {
           if constexpr (kOptions.bias == BiasKind::full) put_bias_rows(work);
           attend(work, tiles, softmax);
         } else {
-          arrive(shared.query_empty[part]);
+          release(shared.query_empty[part]);
         }
         write(work, softmax);
       }
@@ -367,14 +374,14 @@ struct HopperForward {
 #pragma unroll 1
       for (int tile = 0; true; ++tile) {
         wait_products<1>();
-        if (tile + 1 == tiles) arrive(shared.query_empty[part]);
+        if (tile + 1 == tiles) release(shared.query_empty[part]);
         finish(s, tile < work.whole, tile >= tested);
         const bool moves = softmax.follow(s, scale);
         softmax.exponentiate(s);
         // Never: but as it is asked, the exponentials are not moved behind the wait, out of the products' time.
         if (softmax.sum[0][0] + softmax.sum[0][1] < 0) softmax.is_far = true;
         wait_products<0>();
-        if (tile > 0) arrive(shared.value_empty[last.stage]);
+        if (tile > 0) release(shared.value_empty[last.stage]);
         if (moves) softmax.rescale(out, scale);
         fence_registers(reinterpret_cast<float (&)[kKeys / 2]>(s));
         pack_operand<T>(probabilities, s[0]);
@@ -389,7 +396,7 @@ struct HopperForward {
       see_copies();
       multiply_values();
       wait_products<0>();
-      arrive(shared.value_empty[last.stage]);
+      release(shared.value_empty[last.stage]);
     }
 
     /// What threads have copied is seen by products only after a fence.
@@ -434,7 +441,7 @@ struct HopperForward {
       if constexpr (kHasKeyBias) add_key_biases(s, numbers.bias, lane());
       if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, numbers, is_whole);
       if (is_tested) mask(s, numbers);
-      arrive(shared.key_empty[ring.stage]);
+      release(shared.key_empty[ring.stage]);
     }
 
     /// Where the biases of this warp's rows begin.
