@@ -42,6 +42,7 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
     throw InvalidArgument("query: is " + std::to_string(works) + " tiles of rows, takes at most 2147483647 on a GPU");
   const Rows out = aligned_output(output.out, stream);
   const ScoresParams scores = make_scores(problem, shape, made.plan, stream);
+  const int query_parts = 64 % shape.pack == 0 ? config.consumers() : 1;
   const Rows value = key_rows("value", problem.value, stream);
   HopperForwardParams params{.scores = scores,
                              .value = value,
@@ -51,6 +52,8 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
                              .units = shape.units(),
                              .units_per_kv_head = shape.units() / shape.kv_heads,
                              .inverse_pack = static_cast<u32>((1 << 16) / shape.pack + 1),
+                             .query_parts = query_parts,
+                             .part_positions = made.plan.run / query_parts,
                              .by_boxes = !made.plan.positions && shape.key_len > 0 &&
                                          has_boxes(scores.key, problem.key) && has_boxes(value, problem.value),
                              .query_boxes = {},
@@ -60,7 +63,7 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
     return stream.tensor_map(boxes_of(rows, view, positions, heads));
   };
   params.query_boxes =
-      boxes(boxed_input(scores.query, problem.query, stream), problem.query, made.plan.run, shape.pack);
+      boxes(boxed_input(scores.query, problem.query, stream), problem.query, params.part_positions, shape.pack);
   if (params.by_boxes) {
     params.key_boxes = boxes(scores.key, problem.key, config.keys, 1);
     params.value_boxes = boxes(value, problem.value, config.keys, 1);

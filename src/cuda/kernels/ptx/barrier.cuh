@@ -21,6 +21,14 @@ __forceinline__ void arrive(Barrier& barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(&barrier))
                : "memory");
 }
+/// The same without a branch: what is the same for a warp stays so.
+__forceinline__ void arrive_if(Barrier& barrier, bool arrives) {
+  asm volatile(
+      "{ .reg .pred arrives; .reg .b64 state; setp.ne.b32 arrives, %1, 0; "
+      "@arrives mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(&barrier)),
+      "r"(static_cast<int>(arrives))
+      : "memory");
+}
 /// An arrival in the background, as soon as this thread's copy_async_* so far have landed.
 __forceinline__ void arrive_after_copies(Barrier& barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");

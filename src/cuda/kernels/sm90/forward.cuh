@@ -22,7 +22,8 @@ struct HopperForward {
   static constexpr HopperForwardConfig kConfig = hopper_forward_config(kOptions);
   static constexpr int kThreads = kConfig.threads(), kBlocksPerMultiprocessor = 1;
   static constexpr int kRows = kConfig.rows, kKeys = kConfig.keys, kStages = kConfig.stages, kDim = kConfig.dim;
-  static constexpr int kConsumers = kConfig.consumers(), kPanels = kConfig.panels(), kChunks = kOptions.head_dim / 8;
+  static constexpr int kConsumers = kConfig.consumers(), kConsumerWarps = 4 * kConsumers;
+  static constexpr int kPanels = kConfig.panels(), kChunks = kOptions.head_dim / 8;
   static constexpr int kTestWords = hopper_test_words(kOptions.test);
   static constexpr bool kHasKeyBias = kOptions.bias == BiasKind::per_key, kHasBits = kOptions.test == Test::bits;
   using Params = HopperForwardParams;
@@ -57,10 +58,11 @@ struct HopperForward {
     Panels<kKeys, kPanels> key[kStages], value[kStages];
     KeyNumbers numbers[kStages];                                        // of `key`
     const void* row_bias[kOptions.bias == BiasKind::full ? kRows : 1];  // of key 0
-    Barrier query_full, query_empty, key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+    Barrier query_full[kConsumers], query_empty[kConsumers];            // of each part
+    Barrier key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
     Origins origins;             // of what is copied
-    Work work[2];                // the queries' and the last one's
-    int is_far[4 * kConsumers];  // of each warp, for Softmax
+    Work work[2][kConsumers];    // of each part of the queries: theirs and the last one's
+    int is_far[kConsumerWarps];  // of each warp, for Softmax
   };
   static_assert(kKeys <= kWarpgroup && sizeof(Shared) <= kConfig.shared_bytes &&
                 kConfig.shared_bytes <= shared_capacity(90));
@@ -70,14 +72,16 @@ struct HopperForward {
   static void run(const Params& params, char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (thread_index() == 0) {
-      init(shared.query_full, 1);
-      init(shared.query_empty, kConsumers * kWarpgroup);
+      for (int part = 0; part < params.query_parts; ++part) {
+        init(shared.query_full[part], 1);
+        init(shared.query_empty[part], kConsumerWarps / params.query_parts);
+      }
       const int copies = params.by_boxes ? 0 : kWarpgroup;
       for (int stage = 0; stage < kStages; ++stage) {
         init(shared.key_full[stage], copies + 1);
         init(shared.value_full[stage], copies + 1);
-        init(shared.key_empty[stage], kConsumers * kWarpgroup);
-        init(shared.value_empty[stage], kConsumers * kWarpgroup);
+        init(shared.key_empty[stage], kConsumerWarps);
+        init(shared.value_empty[stage], kConsumerWarps);
       }
       fence_barriers();
     }
@@ -199,9 +203,9 @@ struct HopperForward {
         sync_threads(kCopying, kWarpgroup);
         copy_rows(tile, shared.key[ring.stage], params.key_boxes, shared.origins.key, params.scores.key.position,
                   shared.key_full[ring.stage]);
-        // After what finds place while the last tile of rows is being finished.
-        if (tile == least(kStages, tiles) - 1) copy_queries();
         if (tile + 1 < tiles) fetch(tile + 1);
+        // After what finds place before the last tile of rows has its last scores.
+        if (tile == least(kStages - 1, tiles) - 1) copy_queries();
         wait(shared.value_empty[ring.stage], ring.parity ^ 1);
         copy_rows(tile, shared.value[ring.stage], params.value_boxes, shared.origins.value, params.value.position,
                   shared.value_full[ring.stage]);
@@ -210,23 +214,30 @@ struct HopperForward {
       if (tiles == 0) copy_queries();
     }
 
-    /// By one thread, which the copy engine works for, as soon as the queries' place is free. Then the work's place is,
-    /// too: the consumers have finished the last but one.
+    /// By one thread, which the copy engine works for, as soon as the place of a part is free. Then the work's place
+    /// is, too: the part's consumers have finished the last but one.
     void copy_queries() {
       if (thread() != 0) return;
       const Work& work = shared.origins.work;
       const Shape& shape = params.scores.shape;
-      const int round = shared.origins.round % 2;
-      wait(shared.query_empty, round ^ 1);
-      shared.work[round] = work;
-      if (work.tiles <= 0) return arrive(shared.query_full);
-      arrive_expecting(shared.query_full, kPanels * rows_of_tile(params) * kPanelRowBytes);
-      // Beyond the last query there are zeros.
-      const int position = params.scores.logits.sign == 0 ? shape.query_len : work.first_query;
+      const int round = shared.origins.round % 2, positions = params.part_positions;
+#pragma unroll 1
+      for (int part = 0; part < params.query_parts; ++part) {
+        Barrier& full = shared.query_full[part];
+        wait(shared.query_empty[part], round ^ 1);
+        shared.work[round][part] = work;
+        if (work.tiles <= 0) {
+          arrive(full);
+          continue;
+        }
+        arrive_expecting(full, kPanels * positions * shape.pack * kPanelRowBytes);
+        // Beyond the last query there are zeros.
+        const int first = params.scores.logits.sign == 0 ? shape.query_len : work.first_query;
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel)
-        load_box(shared.query.panel(panel), params.query_boxes, panel * kPanelColumns, work.unit * shape.pack, position,
-                 work.b, shared.query_full);
+        for (int panel = 0; panel < kPanels; ++panel)
+          load_box(shared.query.panel(panel) + part * 64 * kPanelRowBytes, params.query_boxes, panel * kPanelColumns,
+                   work.unit * shape.pack, first + part * positions, work.b, full);
+      }
     }
     /// A tile of keys or values, by the copy engine if it can. After it has come, so have the numbers.
     template <class Tile>
@@ -297,25 +308,34 @@ struct HopperForward {
 
     const Params& params;
     Shared& shared;
-    const int warpgroup;
-    Ring ring, last;  // of the keys and the values that products take
+    const int warpgroup, part;  // part: of the queries
+    Ring ring, last;            // of the keys and the values that products take
     float out[1][kOutTiles][4];
     u32 probabilities[kKeys / 16][4];
 
     Consumer(const Params& given, Shared& memory)
-        : params(given), shared(memory), warpgroup(uniform(thread_index() / kWarpgroup)) {}
+        : params(given),
+          shared(memory),
+          warpgroup(uniform(thread_index() / kWarpgroup)),
+          part(given.query_parts == 1 ? 0 : warpgroup) {}
 
     // Registers are scarce: where a thread is, is read anew.
     static int lane() { return thread_index_anew() % kWarp; }
     static int warp_row() { return thread_index_anew() / kWarp * 16; }  // its first of the tile
     static int row_of(int half) { return warp_row() + 8 * half + lane() / 4; }
 
+    /// By all threads of a warp: they do not need any more what is there. It counts once.
+    static void release(Barrier& empty) {
+      sync_warp();
+      arrive_if(empty, lane() == 0);
+    }
+
     void run() {
       if (kConfig.turns && warpgroup == kConsumers - 1) arrive_threads(kTurn, 2 * kWarpgroup);
 #pragma unroll 1
       for (int works = 0; true; ++works) {
-        wait(shared.query_full, works % 2);
-        const Work& work = shared.work[works % 2];
+        wait(shared.query_full[part], works % 2);
+        const Work& work = shared.work[works % 2][part];
         const int tiles = uniform(work.tiles);
         if (tiles < 0) break;
         Softmax<1> softmax(params.scores.logits.factor, shared.is_far[thread_index_anew() / kWarp]);
@@ -327,7 +347,7 @@ struct HopperForward {
           if constexpr (kOptions.bias == BiasKind::full) put_bias_rows(work);
           attend(work, tiles, softmax);
         } else {
-          arrive(shared.query_empty);
+          release(shared.query_empty[part]);
         }
         write(work, softmax);
       }
@@ -354,13 +374,14 @@ struct HopperForward {
 #pragma unroll 1
       for (int tile = 0; true; ++tile) {
         wait_products<1>();
+        if (tile + 1 == tiles) release(shared.query_empty[part]);
         finish(s, tile < work.whole, tile >= tested);
         const bool moves = softmax.follow(s, scale);
         softmax.exponentiate(s);
         // Never: but as it is asked, the exponentials are not moved behind the wait, out of the products' time.
         if (softmax.sum[0][0] + softmax.sum[0][1] < 0) softmax.is_far = true;
         wait_products<0>();
-        if (tile > 0) arrive(shared.value_empty[last.stage]);
+        if (tile > 0) release(shared.value_empty[last.stage]);
         if (moves) softmax.rescale(out, scale);
         fence_registers(reinterpret_cast<float (&)[kKeys / 2]>(s));
         pack_operand<T>(probabilities, s[0]);
@@ -372,11 +393,10 @@ struct HopperForward {
         multiply_values();
         next_turn();
       }
-      arrive(shared.query_empty);
       see_copies();
       multiply_values();
       wait_products<0>();
-      arrive(shared.value_empty[last.stage]);
+      release(shared.value_empty[last.stage]);
     }
 
     /// What threads have copied is seen by products only after a fence.
@@ -421,7 +441,7 @@ struct HopperForward {
       if constexpr (kHasKeyBias) add_key_biases(s, numbers.bias, lane());
       if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, numbers, is_whole);
       if (is_tested) mask(s, numbers);
-      arrive(shared.key_empty[ring.stage]);
+      release(shared.key_empty[ring.stage]);
     }
 
     /// Where the biases of this warp's rows begin.

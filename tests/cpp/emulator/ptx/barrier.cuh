@@ -13,6 +13,9 @@ inline void init(Barrier& barrier, int arrivals) { emulator::init_barrier(&barri
 inline void fence_barriers() { emulator::self->barriers_are_fenced = true; }
 
 inline void arrive(Barrier& barrier) { emulator::arrive_at_barrier("arrive", &barrier, 0); }
+inline void arrive_if(Barrier& barrier, bool arrives) {
+  if (arrives) arrive(barrier);
+}
 inline void arrive_after_copies(Barrier& barrier) { emulator::arrive_at_barrier_after_copies(&barrier); }
 inline void arrive_expecting(Barrier& barrier, int bytes) {
   emulator::arrive_at_barrier("arrive_expecting", &barrier, bytes);
