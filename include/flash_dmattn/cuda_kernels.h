@@ -30,7 +30,7 @@ inline constexpr char kCacheSuffix[] = ".kernel";
 void set_warning_handler(std::function<void(const std::string& text)> handler);
 
 /// The kernels of the passes: `generic` ones for all GPUs, or those for `hopper` (sm_90a) wherever they can do a
-/// problem. `automatic` is `generic` as long as Hopper's have not been measured.
+/// problem. `automatic`: wherever they are the faster ones.
 enum class Family { automatic, generic, hopper };
 
 /// For comparing them. At first it is automatic, or what $FLASH_DMATTN_CUDA_FAMILY names.

@@ -69,11 +69,11 @@ Tensor<3> dynamic_end(const Tensor<3>& score, std::int64_t keep_window_size, std
   return end;
 }
 
-/// The family of kernels that calls in its scope take.
-Family current_family = Family::automatic;
+/// The family of kernels that calls in its scope take; elsewhere they are the generic ones.
+Family current_family = Family::generic;
 struct InFamily {
-  explicit InFamily(Family family) { set_family(current_family = family); }
-  ~InFamily() { set_family(current_family = Family::automatic); }
+  explicit InFamily(Family family) { current_family = family; }
+  ~InFamily() { current_family = Family::generic; }
 };
 
 /// The forward pass is that of the float64 loops, rounded.
@@ -94,6 +94,7 @@ struct Saved {
 };
 
 Gradients run(const Inputs& in, const Saved& saved, bool deterministic, EmulatedStream& stream) {
+  set_family(current_family);
   Gradients g{{in.query.dtype, in.query.size}, {in.key.dtype, in.key.size}, {in.value.dtype, in.value.size}, {}};
   if (in.bias) g.bias = Tensor<4>(in.bias->dtype, in.bias->size);
   backward(in.problem(), {saved.out, saved.lse}, {saved.grad_out, saved.grad_lse}, {g.query, g.key, g.value, g.bias},

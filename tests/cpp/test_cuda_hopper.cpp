@@ -57,6 +57,25 @@ void check_forward(const Inputs& in, int multiprocessors = 1) {
   CHECK(lse_off <= 1);
 }
 
+// A generic kernel is not emulated here: its launch throws its name.
+TEST(hopper_forward_is_automatic_where_there_is_work_for_most_multiprocessors) {
+  Random random(3);
+  const Inputs in = test::make_inputs(random, {1, 600, 600, 2, 2, 64}, DType::bfloat16, true);  // 8 tiles of rows
+  set_family(Family::automatic);
+  const auto launched = [&](EmulatedStream&& stream) {
+    Results r{{in.query.dtype, in.query.size}, {DType::float32, {1, 2, 600}}};
+    try {
+      forward(in.problem(), {r.out, r.lse}, stream);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return stream.launched().back();
+  };
+  CHECK(launched(EmulatedStream(90, 13)).find("HopperForward<") != std::string::npos);
+  CHECK(launched(EmulatedStream(90, 14)).find("(Forward<") != std::string::npos);
+  CHECK(launched(EmulatedStream(80, 1)).find("(Forward<") != std::string::npos);
+}
+
 // Blocks that take several tiles of rows, and tiles of rows that take several rounds of the stages.
 TEST(hopper_forward_of_spans) {
   Random random(1);

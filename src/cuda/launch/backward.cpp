@@ -100,6 +100,8 @@ class Pass {
     if (row_tiles_ > 0 && shape_.key_len > 0) {
       read_rows();
       add_up();
+    } else {
+      stream_.zero(grad_query_, static_cast<std::size_t>(sum_count_) * sizeof(float));
     }
     write_gradients();
   }
@@ -127,7 +129,7 @@ class Pass {
   static constexpr int kRunRows = 1024, kShortRun = 512, kLongRun = 2048;  // the last two in positions
   static constexpr int kRounds = 8;                                        // of blocks on a multiprocessor
 
-  bool takes_hopper() const { return family() == Family::hopper && has_hopper_backward(options_); }
+  bool takes_hopper() const { return family() != Family::generic && has_hopper_backward(options_); }
 
   void allocate_sums() {
     const i64 query = row_tiles_ * blocks_.query_tile.size();
@@ -140,9 +142,8 @@ class Pass {
       else if (gradient.dtype != DType::float32 || !is_contiguous(gradient))
         bias = product(gradient.size);
     }
-    const std::size_t count = static_cast<std::size_t>(query + 2 * key + bias);
-    grad_query_ = stream_.allocate_array<float>(count);
-    stream_.zero(grad_query_, count * sizeof(float));
+    sum_count_ = round_up_wide(query + 2 * key + bias, 4);
+    grad_query_ = stream_.allocate_array<float>(static_cast<std::size_t>(sum_count_));
     grad_key_ = grad_query_ + query;
     grad_value_ = grad_key_ + key;
     bias_sums_ = grad_value_ + key;
@@ -159,6 +160,8 @@ class Pass {
     grad_out_ = is_hopper_ ? boxed_input(output_gradient_.out, stream_) : aligned_input(output_gradient_.out, stream_);
     stream_.launch(rows_kernel("BackwardRows", options_.number), {static_cast<unsigned>(row_tiles_)}, kRowThreads, 0,
                    BackwardRowsParams{.shape = shape_,
+                                      .sums = grad_query_,
+                                      .sum_count = sum_count_,
                                       .tile_rows = blocks_.tiles.rows,
                                       .tile_positions = tile_positions_,
                                       .tiles = tiles_,
@@ -326,6 +329,7 @@ class Pass {
   int tile_positions_, run_;
   int tiles_;      ///< of rows, of a unit: those of whole runs
   i64 row_tiles_;  ///< of all units
+  i64 sum_count_;
   float *grad_query_, *grad_key_, *grad_value_, *bias_sums_;
   float *lse_ = nullptr, *delta_ = nullptr;
   Rows grad_out_{};

@@ -20,24 +20,40 @@ Kernel kernel(const HopperForwardOptions& o) {
       "HopperForward<" + options_text("HopperForwardOptions", o.head_dim, o.number, o.test, o.bias, o.softcap) + ">"};
 }
 
+HopperForwardOptions options_of(const Problem& problem) {
+  return {.head_dim = static_cast<int>(padded_dim(problem.query.size[3])),
+          .number = number_of(problem),
+          .test = test_of(problem),
+          .bias = bias_kind(problem),
+          .softcap = problem.softcap > 0};
+}
+
+/// Tiles of rows.
+i64 count_works(const Shape& shape, const HopperForwardConfig& config) {
+  return divide_up_wide(shape.query_len, config.rows / shape.pack) * shape.units() * shape.batch;
+}
+
+/// Where there are fewer than so many tiles of rows for each multiprocessor, the generic kernels are faster: they cut
+/// lists into parts.
+constexpr double kFewWorks = 0.6;
+
 }  // namespace
 
 bool takes_hopper_forward(const Problem& problem, const Stream& stream) {
   // Rows change sign in the generic kernels alone.
-  return stream.arch() == 90 && problem.scale >= 0 && family() == Family::hopper;
+  if (stream.arch() != 90 || problem.scale < 0 || family() == Family::generic) return false;
+  if (family() == Family::hopper) return true;
+  const HopperForwardConfig config = hopper_forward_config(options_of(problem));
+  return count_works(make_shape(problem, config.rows), config) >= kFewWorks * stream.multiprocessors();
 }
 
 void hopper_forward(const Problem& problem, const Output& output, Stream& stream) {
-  const HopperForwardOptions options{.head_dim = static_cast<int>(padded_dim(problem.query.size[3])),
-                                     .number = number_of(problem),
-                                     .test = test_of(problem),
-                                     .bias = bias_kind(problem),
-                                     .softcap = problem.softcap > 0};
+  const HopperForwardOptions options = options_of(problem);
   const HopperForwardConfig config = hopper_forward_config(options);
   Shape shape = make_shape(problem, config.rows);
   shape.head_dim = options.head_dim;
   const MadePlan made = make_plan(problem, shape, config.rows / shape.pack, stream);
-  const i64 works = static_cast<i64>(made.plan.runs) * shape.units() * shape.batch;
+  const i64 works = count_works(shape, config);
   if (works > kLargest)
     throw InvalidArgument("query: is " + std::to_string(works) + " tiles of rows, takes at most 2147483647 on a GPU");
   const Rows out = aligned_output(output.out, stream);

@@ -10,13 +10,13 @@
 namespace flash_dmattn::cuda {
 
 struct alignas(16) Floats {
-  float x[4];
+  float x[4] = {};
 };
 
 constexpr float kLog2E = 1.4426950408889634f;
 
 /// delta = sum(out * dO) - dLse and lse in base 2, in the order in which tiles hold the rows. A block has a tile, and a
-/// few neighbouring threads have a row.
+/// few neighbouring threads have a row. Beside that it writes its part of the zeros: the loads hide behind them.
 template <Number kNumber>
 struct BackwardRows {
   static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
@@ -24,6 +24,7 @@ struct BackwardRows {
   using T = typename TypeOf<kNumber>::type;
 
   static void run(const Params& params, char*) {
+    write_zeros(params);
     const Shape& shape = params.shape;
     const int of_batches = block_index() / params.tiles;
     const int unit = of_batches % shape.units(), b = of_batches / shape.units();
@@ -56,6 +57,13 @@ struct BackwardRows {
 
  private:
   static constexpr int kBatch = 2;
+
+  static void write_zeros(const Params& params) {
+    const i64 count = params.sum_count / 4;
+    const i64 part = (count + grid_blocks() - 1) / grid_blocks(), first = part * block_index();
+    Floats* const sums = reinterpret_cast<Floats*>(params.sums);
+    for (i64 i = first + thread_index(); i < least<i64>(first + part, count); i += kThreads) sums[i] = Floats{};
+  }
 
   /// What a thread has of a row: eight columns, and the first one its numbers.
   struct Row {

@@ -6,9 +6,11 @@
 
 namespace flash_dmattn::cuda {
 
-/// What the pass needs to know of each row.
+/// What the pass needs to know of each row; and where its sums begin, with zeros.
 struct BackwardRowsParams {
   Shape shape;
+  float* sums;
+  i64 sum_count;                         ///< a multiple of 4
   int tile_rows, tile_positions, tiles;  ///< tiles: of a unit
   Rows out, grad_out;
   RowNumbers lse, grad_lse;   ///< grad_lse: its data null where there is none

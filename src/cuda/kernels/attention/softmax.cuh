@@ -36,7 +36,9 @@ struct Softmax {
   int& is_far;                    ///< whether one of the warp's references is; in shared memory
 
   Softmax(float to_base_2, int& far) : factor(to_base_2), is_far(far) {
+    sync_warp();
     is_far = false;
+    sync_warp();
     for (int m = 0; m < kRowTiles; ++m)
       for (int half = 0; half < 2; ++half) reference[m][half] = -kInfinity, sum[m][half] = 0;
   }

@@ -43,9 +43,9 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
   /// Which products run while the same warpgroup computes: dP beside P, and dV beside dS. There may be too few
   /// registers for that; the other warpgroup's run anyway.
   enum class Overlap { none, probabilities, both };
-  static constexpr Overlap kOverlap = kRows == 64        ? Overlap::both
-                                      : kOptions.softcap ? Overlap::none
-                                                         : Overlap::probabilities;
+  static constexpr Overlap kOverlap = kRows == 64 && !kOptions.softcap   ? Overlap::both
+                                      : kRows == 128 && kOptions.softcap ? Overlap::none
+                                                                         : Overlap::probabilities;
   using KeyPanels = Panels<kKeys, kPanels>;
   using RowPanels = Panels<kRows, kPanels>;
   using ScorePanels = Panels<kKeys, kRows / 64>;

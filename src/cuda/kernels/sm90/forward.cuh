@@ -76,10 +76,9 @@ struct HopperForward {
         init(shared.query_full[part], 1);
         init(shared.query_empty[part], kConsumerWarps / params.query_parts);
       }
-      const int copies = params.by_boxes ? 0 : kWarpgroup;
       for (int stage = 0; stage < kStages; ++stage) {
-        init(shared.key_full[stage], copies + 1);
-        init(shared.value_full[stage], copies + 1);
+        init(shared.key_full[stage], kWarpgroup + 1);
+        init(shared.value_full[stage], kWarpgroup + 1);
         init(shared.key_empty[stage], kConsumerWarps);
         init(shared.value_empty[stage], kConsumerWarps);
       }
@@ -243,6 +242,7 @@ struct HopperForward {
     template <class Tile>
     void copy_rows(int tile, Tile& to, const TensorMap& boxes, const u16* from, i64 stride, Barrier& full) {
       if (params.by_boxes) {
+        arrive(full);
         if (thread() == 0) {
           arrive_expecting(full, sizeof to.bytes);
           const Origins& origins = shared.origins;
