@@ -1,5 +1,5 @@
-// The forward pass on Hopper: one warpgroup gathers keys and values, the others multiply. Blocks stay, and take one
-// tile of rows after the other.
+// The forward pass on Hopper: one warpgroup copies queries, keys and values, the others multiply. Blocks stay, and take
+// one tile of rows after the other.
 #pragma once
 #include "attention/logits.cuh"
 #include "attention/place.cuh"
@@ -143,7 +143,10 @@ struct HopperForward {
     static int thread() { return thread_index_anew() % kWarpgroup; }
 
     void run() {
-      if (thread() == 0) shared.origins.round = -1;
+      if (thread() == 0) {
+        shared.origins.round = -1;
+        prefetch_map(params.query_boxes);
+      }
       while (find_work()) copy();
       copy_queries();
     }
