@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flash_dmattn import operators
 
 LARGEST_ERROR = 2e-2  # of 16-bit numbers, relative to the largest value
-PATIENCE = 240  # seconds that a family may take
+PATIENCE = 300  # seconds that a family may take
+LONGEST_PEER = 200_000  # dense attention takes seconds beyond
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,13 @@ class Case:
     head_dim: int = 128
     heads: int = 16
     kv_heads: int = 8
+    batch: int = 1
+    is_bool: bool = False  # the dynamic mask as a bool mask (1, Hk, N, N)
 
     def __str__(self) -> str:
-        what = f"w {self.window}" if self.window else "dense"
-        return f"N {self.length} {what} D {self.head_dim} H {self.heads} Hk {self.kv_heads}"
+        what = f"w {self.window}{' bool' * self.is_bool}" if self.window else "dense"
+        sizes = f"D {self.head_dim} H {self.heads} Hk {self.kv_heads}"
+        return f"N {self.length} {what} {sizes}" + (f" B {self.batch}" if self.batch > 1 else "")
 
     @property
     def pairs(self) -> int:
@@ -55,9 +59,14 @@ CASES = (
     Case(700, 0, head_dim=64, kv_heads=2, heads=4),
     Case(1500, 300, head_dim=96, kv_heads=1, heads=3),
     *(Case(length, window) for length, window in ((8192, 1024), (32768, 1024), (32768, 2048), (131072, 2048))),
+    Case(1048576, 2048),
     *(Case(32768, 1024, kv_heads=kv_heads) for kv_heads in (16, 4, 2)),
-    *(Case(length, 0, kv_heads=kv_heads) for length in (4096, 8192, 16384) for kv_heads in (16, 8)),
-    *(Case(8192, 0, head_dim=64, heads=32, kv_heads=kv_heads) for kv_heads in (32, 8)),
+    Case(16384, 1024),
+    Case(16384, 1024, is_bool=True),
+    *(Case(4096, 0, kv_heads=kv_heads, batch=4) for kv_heads in (16, 8)),
+    *(Case(16384, 0, kv_heads=kv_heads) for kv_heads in (16, 8)),
+    Case(4096, 0, head_dim=64, heads=32, kv_heads=32, batch=4),
+    Case(16384, 0, head_dim=64, heads=32, kv_heads=32),
 )
 
 
@@ -67,23 +76,32 @@ class Problem:
     def __init__(self, case: Case) -> None:
         self.case = case
         length, head_dim = case.length, case.head_dim
-        self.query, self.grad_out = torch.randn(2, 1, length, case.heads, head_dim).bfloat16()
-        self.key, self.value = torch.randn(2, 1, length, case.kv_heads, head_dim).bfloat16()
-        self.score = torch.randn(1, case.kv_heads, length).bfloat16()
+        batch = case.batch
+        self.query, self.grad_out = (torch.randn(batch, length, case.heads, head_dim).bfloat16() for _ in range(2))
+        self.key, self.value = (torch.randn(batch, length, case.kv_heads, head_dim).bfloat16() for _ in range(2))
+        self.score = torch.randn(batch, case.kv_heads, length).bfloat16()
         self.mask: tuple[Tensor | None, Tensor | None] = self.make_mask() if case.window else (None, None)
+        self.bool_mask = self.as_bool() if case.is_bool else None
         self.out, self.lse = self.forward()
 
     def make_mask(self) -> tuple[Tensor, Tensor]:
         return operators.dynamic_mask(self.score, None, self.case.window, self.case.length, True)
 
+    def as_bool(self) -> Tensor:
+        assert self.mask[0] is not None
+        position = torch.arange(self.case.length)
+        return (position <= position[:, None]) & (position[:, None] < self.mask[0][:, :, None])
+
     def forward(self, mask: tuple[Tensor | None, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
-        end, survivors = self.mask if mask is None else mask
-        options = end, survivors, self.case.head_dim**-0.5, 0.0, True, False
-        return operators.forward(self.query, self.key, self.value, None, self.score[:, :, None], *options)
+        end, survivors = (None, None) if self.case.is_bool else mask or self.mask
+        options = end, survivors, self.case.head_dim**-0.5, 0.0, not self.case.is_bool, False
+        return operators.forward(self.query, self.key, self.value, self.bool_mask, self.score[:, :, None], *options)
 
     def backward(self, deterministic: bool = False) -> tuple[Tensor, ...]:
-        saved = self.query, self.key, self.value, self.out, self.lse, None, self.score[:, :, None], *self.mask
-        options = self.case.head_dim**-0.5, 0.0, True, deterministic, True
+        is_bool = self.case.is_bool
+        mask = (None, None) if is_bool else self.mask
+        saved = self.query, self.key, self.value, self.out, self.lse, self.bool_mask, self.score[:, :, None], *mask
+        options = self.case.head_dim**-0.5, 0.0, not is_bool, deterministic, True
         return operators.backward(self.grad_out, None, *saved, *options)
 
     def some(self, count: int = 16) -> Tensor:
@@ -172,7 +190,7 @@ def cudnn(problem: Problem) -> dict[str, float]:
     leaves = [x.transpose(1, 2).contiguous().detach().requires_grad_() for x in heads_first]
     grad_out = problem.grad_out.transpose(1, 2)
     length = problem.case.length
-    flops = problem.case.head_dim * problem.case.heads * length * (length + 1) / 2
+    flops = problem.case.batch * problem.case.head_dim * problem.case.heads * length * (length + 1) / 2
     with torch.enable_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         times = time_of("cudnn_forward", lambda: F.scaled_dot_product_attention(*leaves, is_causal=True), 4 * flops)
         out = F.scaled_dot_product_attention(*leaves, is_causal=True)
@@ -195,15 +213,15 @@ def measure(case: Case, with_peer: bool) -> dict[str, object]:
     row["right"] = row["same_bits"] and max(errors.values()) < LARGEST_ERROR
     if case.length < 4096:
         return row
-    flops = case.head_dim * case.heads * case.pairs
+    flops = case.batch * case.head_dim * case.heads * case.pairs
     row |= time_of("forward", problem.forward, 4 * flops)
-    if case.window:
+    if case.window and not case.is_bool:
         row |= time_of("mask_and_forward", lambda: problem.forward(problem.make_mask()), 4 * flops)
     row |= time_of("backward", problem.backward, 10 * flops)
     row |= time_of("deterministic_backward", lambda: problem.backward(True), 10 * flops)
     row |= kernel_of("forward", problem.forward, 4 * flops)
     row |= kernel_of("backward", problem.backward, 10 * flops)
-    if with_peer:
+    if with_peer and case.length <= LONGEST_PEER:
         row |= cudnn(problem)
     return row
 
