@@ -205,7 +205,6 @@ class Pass {
     params.key_tiles = static_cast<int>(divide_up_wide(made.longest, blocks_.tiles.keys));
     params.tile_positions = tile_positions_;
     params.inverse_pack = static_cast<u32>((1 << 16) / shape_.pack + 1);
-    params.group = kGroup;
 
     // Deterministic: what adds to the same element of a full bias's gradient comes one after the other.
     const bool in_order = options_.deterministic && bias_.is_shared;
@@ -223,7 +222,11 @@ class Pass {
   }
 
   void launch(BackwardParams& params) {
-    const i64 lists = static_cast<i64>(params.part.batches) * params.part.units * params.plan.runs;
+    const i64 lists_of_run = static_cast<i64>(params.part.batches) * params.part.units;
+    const i64 lists = lists_of_run * params.plan.runs;
+    // Deterministic: lists of a KV head, whose keys may be the same, are in different groups.
+    const bool in_turn = options_.deterministic && params.plan.lists;
+    params.group = !in_turn ? kGroup : shape_.units() == shape_.kv_heads ? static_cast<int>(lists_of_run) : 1;
     if (options_.deterministic) {
       const i64 key_turns =
           static_cast<i64>(shape_.batch) * shape_.kv_heads * (params.plan.lists ? 1 : params.key_tiles);

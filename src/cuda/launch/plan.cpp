@@ -233,6 +233,7 @@ class Planner {
                           .mask = masking<unsigned char>(masks_.dense),
                           .is_aligned = is_aligned(mask),
                           .words = words,
+                          .segment = segment,
                           .bits = stream_.allocate_array<u32>(static_cast<std::size_t>((all + kSlack) * words)),
                           .room = room_for_bits(),
                           .segments = static_cast<int>(divide_up_wide(shape_.key_len, segment)),
@@ -251,7 +252,7 @@ class Planner {
     params.segment_bits = stream_.allocate_array<u32>(static_cast<std::size_t>(at_a_time * keys * words));
     for (; params.first_list < lists; params.first_list += at_a_time) {
       const Grid grid = grid_of(std::min<std::int64_t>(at_a_time, lists - params.first_list) * params.segments);
-      stream_.launch(kPackMask, grid, Config::kThreads, Config::shared_bytes(words), params);
+      stream_.launch(kPackMask, grid, Config::kThreads, Config::shared_bytes(words, segment), params);
       stream_.launch(kBitLists, grid, Config::kThreads, 0, params);
     }
   }

@@ -85,7 +85,7 @@ struct BackwardParams {
   float *grad_key, *grad_value;  ///< (B, K, Hk, BackwardTiles::dim), columns in the order of column_in_sums
   Part part;
   int key_tiles;       ///< of the longest list
-  int group;           ///< lists whose tiles are worked at together
+  int group;           ///< lists whose tiles are worked at together; deterministic: with one of a KV head at most
   int tile_positions;  ///< positions_of_tile
   u32 inverse_pack;    ///< 2^16 / pack, rounded up: r / pack is r * inverse_pack >> 16 for the rows r of a tile
   // Deterministic: the next block's number, whose turn it is to add to a tile of dQ, and to dK and dV of a KV head.

@@ -13,7 +13,7 @@ struct Segment {
   int start, stop;  // keys
 
   explicit Segment(const BitListsParams& params) {
-    const int length = BitListsConfig::segment(params.words);
+    const int length = params.segment;
     list = block_index() / params.segments;
     index = block_index() % params.segments;
     const i64 all = params.first_list + list, row = all / params.lists.runs;
@@ -48,7 +48,7 @@ struct PackMask {
   static void run(const Params& params, char* shared) {
     const Segment segment(params);
     if (segment.start >= segment.stop) return;
-    const int length = Config::segment(params.words);
+    const int length = params.segment;
     char* const classes = shared + length * params.words * 4;
     PackMask block{
         params,
@@ -219,7 +219,7 @@ struct BitLists {
   static void run(const Params& params, char*) {
     const Segment segment(params);
     const ListsParams& lists = params.lists;
-    const int length = Config::segment(params.words), filled = divide_up(lists.limit(segment.run), length);
+    const int length = params.segment, filled = divide_up(lists.limit(segment.run), length);
     if (segment.index > 0 && segment.index >= filled) return;
     // Every warp adds up the counts of all segments.
     int all = 0, some = 0, all_before = 0, some_before = 0;

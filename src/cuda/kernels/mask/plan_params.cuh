@@ -89,9 +89,19 @@ struct BitListsConfig {
   static constexpr int kStrip = 512;  // keys that a warp reads at a time, for 32 positions
   static constexpr int kMostWords = 32, kLongestRun = 32 * kMostWords;
   static constexpr int kMostTileKeys = 128;  // of an attention kernel
-  /// Keys of a segment, which a block packs: as many strips as give every warp one.
-  static constexpr int segment(int words) { return kStrip * most(1, kWarps / words); }
-  static constexpr int shared_bytes(int words) { return segment(words) * (words * 4 + 1) + kWarps * 8; }
+  static constexpr int shared_bytes(int words, int segment) { return segment * (words * 4 + 1) + kWarps * 8; }
+  static constexpr int kMostSharedBytes = 48 << 10;
+  /// Keys of a segment, which a block packs: as few strips, a word of which is an item, as leave the fewest warps idle.
+  static constexpr int segment(int words) {
+    const auto busy = [&](int strips) {  // in percent
+      const int items = strips * words;
+      return 100 * items / round_up(items, kWarps);
+    };
+    int best = 1;
+    for (int strips = 2; strips <= kWarps && shared_bytes(words, kStrip * strips) <= kMostSharedBytes; ++strips)
+      if (busy(strips) > busy(best)) best = strips;
+    return kStrip * best;
+  }
 };
 
 /// Where lists of unequal length begin: list 0 has room for `first` entries, each next one for `step` more. The lists
@@ -111,6 +121,7 @@ struct BitListsParams {
   Masking<unsigned char> mask;
   int is_aligned;  // every 16 keys of a query lie together at a multiple of 16 bytes
   int words;       // for each key of a run
+  int segment;     // keys
   u32* bits;
   Staircase room;  // in a list head's part of `lists.positions`, of room.start(runs) entries
   int segments;
