@@ -77,9 +77,10 @@ struct HopperForward {
         init(shared.query_full[part], 1);
         init(shared.query_empty[part], kConsumerWarps / params.query_parts);
       }
+      const int copies = params.by_boxes ? 1 : kWarpgroup;
       for (int stage = 0; stage < kStages; ++stage) {
-        init(shared.key_full[stage], kWarpgroup + 1);
-        init(shared.value_full[stage], kWarpgroup + 1);
+        init(shared.key_full[stage], kWarpgroup + copies);
+        init(shared.value_full[stage], copies);
         init(shared.key_empty[stage], kConsumerWarps);
         init(shared.value_empty[stage], kConsumerWarps);
       }
@@ -206,6 +207,7 @@ struct HopperForward {
         sync_threads(kCopying, kWarpgroup);
         copy_rows(tile, shared.key[ring.stage], params.key_boxes, shared.origins.key, params.scores.key.position,
                   shared.key_full[ring.stage]);
+        arrive(shared.key_full[ring.stage]);  // this thread's numbers are there, too
         if (tile + 1 < tiles) fetch(tile + 1);
         // After what finds place before the last tile of rows has its last scores.
         if (tile == least(kStages - 1, tiles) - 1) copy_queries();
@@ -242,11 +244,10 @@ struct HopperForward {
                    work.unit * shape.pack, first + part * positions, work.b, full);
       }
     }
-    /// A tile of keys or values, by the copy engine if it can. After it has come, so have the numbers.
+    /// A tile of keys or values, by the copy engine if it can.
     template <class Tile>
     void copy_rows(int tile, Tile& to, const TensorMap& boxes, const u16* from, i64 stride, Barrier& full) {
       if (params.by_boxes) {
-        arrive(full);
         if (thread() == 0) {
           arrive_expecting(full, sizeof to.bytes);
           const Origins& origins = shared.origins;
@@ -265,7 +266,6 @@ struct HopperForward {
                                             static_cast<i64>(numbers.position[row]) * bytes);
       });
       arrive_after_copies(full);
-      if (thread() == 0) arrive(full);
     }
 
     // What belongs to the keys of a tile is fetched before it is needed: a thread looks after one key. Entries beyond
