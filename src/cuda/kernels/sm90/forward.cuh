@@ -24,7 +24,6 @@ struct HopperForward {
   static constexpr int kRows = kConfig.rows, kKeys = kConfig.keys, kStages = kConfig.stages, kDim = kConfig.dim;
   static constexpr int kConsumers = kConfig.consumers(), kConsumerWarps = 4 * kConsumers;
   static constexpr int kPanels = kConfig.panels(), kChunks = kOptions.head_dim / 8;
-  static constexpr bool kHasTurns = kConfig.turns != Turns::none;
   static constexpr int kTestWords = hopper_test_words(kOptions.test);
   static constexpr bool kHasKeyBias = kOptions.bias == BiasKind::per_key, kHasBits = kOptions.test == Test::bits;
   using Params = HopperForwardParams;
@@ -335,7 +334,7 @@ struct HopperForward {
     }
 
     void run() {
-      if (kHasTurns && warpgroup == kConsumers - 1) arrive_threads(kTurn, 2 * kWarpgroup);
+      if (kConfig.turns && warpgroup == kConsumers - 1) arrive_threads(kTurn, 2 * kWarpgroup);
 #pragma unroll 1
       for (int works = 0; true; ++works) {
         wait(shared.query_full[part], works % 2);
@@ -355,15 +354,15 @@ struct HopperForward {
         }
         write(work, softmax);
       }
-      if (kHasTurns && warpgroup == 0) sync_threads(kTurn, 2 * kWarpgroup);
+      if (kConfig.turns && warpgroup == 0) sync_threads(kTurn, 2 * kWarpgroup);
     }
 
     // Warpgroups may take turns at issuing products: then one's exponentials run under the others' products.
     void my_turn() const {
-      if constexpr (kHasTurns) sync_threads(kTurn + warpgroup, 2 * kWarpgroup);
+      if constexpr (kConfig.turns) sync_threads(kTurn + warpgroup, 2 * kWarpgroup);
     }
     void next_turn() const {
-      if constexpr (kHasTurns)
+      if constexpr (kConfig.turns)
         arrive_threads(kTurn + (warpgroup == kConsumers - 1 ? 0 : warpgroup + 1), 2 * kWarpgroup);
     }
 
@@ -394,9 +393,8 @@ struct HopperForward {
         wait_keys();
         my_turn();
         multiply_keys(s);
-        if constexpr (kConfig.turns == Turns::of_scores) next_turn();
         multiply_values();
-        if constexpr (kConfig.turns == Turns::of_all) next_turn();
+        next_turn();
       }
       see_copies();
       multiply_values();

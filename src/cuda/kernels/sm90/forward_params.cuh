@@ -13,9 +13,6 @@ struct HopperForwardOptions {
   bool softcap;
 };
 
-/// Warpgroups may take turns at issuing products. The next one's begins when those of the scores are issued, or all.
-enum class Turns { none, of_scores, of_all };
-
 /// A block has one tile of rows at a time: 64 for each warpgroup that computes. One more warpgroup copies.
 struct HopperForwardConfig {
   int head_dim;
@@ -24,7 +21,7 @@ struct HopperForwardConfig {
   int stages;          ///< tiles of keys in shared memory
   int registers;       ///< of a thread that computes
   int copy_registers;  ///< of one that copies
-  Turns turns = Turns::of_all;
+  bool turns = true;   ///< warpgroups take turns at issuing products
   int shared_bytes = 0;
 
   constexpr int consumers() const { return rows / 64; }
