@@ -54,6 +54,38 @@ def cuda_figures(recorded: dict) -> str:
     return "\n".join(lines)
 
 
+def cuda_families_figures(recorded: dict) -> str:
+    machine = recorded["machine"]
+    by_family: dict[str, dict[str, dict]] = {}
+    for row in recorded["results"]:
+        by_family.setdefault(row["family"], {})[row["case"]] = row
+
+    def both(row: dict, forward: str, backward: str) -> str:
+        return f"{milliseconds(row[forward])} / {milliseconds(row[backward])}" if forward in row else ""
+
+    lines = [
+        f"{machine['gpu']}, driver {machine['driver']}, PyTorch {machine['torch']}, {machine['date']}, commit "
+        f"{machine['commit'][:10]}; bfloat16, causal, with a per-key bias and its gradient. Forward / backward: making "
+        "a dynamic mask counts with the forward pass. SDPA by cuDNN is dense, without mask or bias. TFLOP/s count "
+        "visible pairs only.",
+        "",
+        "| case | Hopper's kernels | TFLOP/s | deterministic | generic kernels | SDPA cuDNN |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, row in by_family["hopper"].items():
+        if "forward_ms" not in row:
+            continue
+        forward = "mask_and_forward" if "mask_and_forward_ms" in row else "forward"
+        lines.append(
+            f"| {case} | {both(row, f'{forward}_ms', 'backward_ms')} "
+            f"| {row[f'{forward}_tflops']:.0f} / {row['backward_tflops']:.0f} "
+            f"| {milliseconds(row['deterministic_backward_ms'])} "
+            f"| {both(by_family['generic'][case], f'{forward}_ms', 'backward_ms')} "
+            f"| {both(row, 'cudnn_forward_ms', 'cudnn_backward_ms')} |"
+        )
+    return "\n".join(lines)
+
+
 def quantity(value: float, unit: str) -> str:
     return milliseconds(value) if unit == "ms" else f"{value:.3g} {unit}"
 
@@ -64,7 +96,7 @@ def milliseconds(value: float) -> str:
     return f"{1e3 * value:.0f} µs" if value < 0.1 else f"{value:.3g} ms"
 
 
-FIGURES = {"cpu": cpu_figures, "cuda": cuda_figures}
+FIGURES = {"cpu": cpu_figures, "cuda": cuda_figures, "cuda_families": cuda_families_figures}
 
 
 def with_figures(text: str, name: str) -> str:
