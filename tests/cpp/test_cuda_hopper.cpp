@@ -60,17 +60,22 @@ void check_forward(const Inputs& in, int multiprocessors = 1) {
   CHECK(lse_off <= 1);
 }
 
-TEST(hopper_forward_is_automatic_where_there_is_work_for_most_multiprocessors) {
+// Where it is not, kernels run that test_cuda_attention emulates.
+TEST(hopper_forward_is_automatic_where_there_are_full_tiles_for_most_multiprocessors) {
   Random random(3);
-  const Inputs in = test::make_inputs(random, {1, 600, 600, 2, 2, 64}, DType::bfloat16, true);  // 8 tiles of rows
   set_family(Family::automatic);
-  const auto is_chosen = [&](EmulatedStream&& stream) {
-    const Results r{{in.query.dtype, in.query.size}, {DType::float32, {1, 2, 600}}};
+  const auto is_chosen = [&](const Sizes& n, int multiprocessors) {
+    const Inputs in = test::make_inputs(random, n, DType::bfloat16, true);
+    const Results r{{in.query.dtype, in.query.size}, {DType::float32, {n.B, n.H, n.Q}}};
+    EmulatedStream stream(90, multiprocessors);
     forward(in.problem(), {r.out, r.lse}, stream);
     return is_hopper(stream);
   };
-  CHECK(is_chosen(EmulatedStream(90, 13)));
-  CHECK(!is_chosen(EmulatedStream(90, 14)));  // test_cuda_attention emulates the generic one
+  const Sizes eight_tiles{1, 600, 600, 2, 2, 64};
+  CHECK(is_chosen(eight_tiles, 13));
+  CHECK(!is_chosen(eight_tiles, 14));
+  CHECK(is_chosen({4, 96, 100, 2, 2, 64}, 13));
+  CHECK(!is_chosen({4, 95, 100, 2, 2, 64}, 13));
 }
 
 // Blocks that take several tiles of rows, and tiles of rows that take several rounds of the stages.

@@ -33,9 +33,9 @@ i64 count_works(const Shape& shape, const HopperForwardConfig& config) {
   return divide_up_wide(shape.query_len, config.rows / shape.pack) * shape.units() * shape.batch;
 }
 
-/// Where there are fewer than so many tiles of rows for each multiprocessor, the generic kernels are faster: they cut
-/// lists into parts.
-constexpr double kFewWorks = 0.6;
+/// The generic kernels are faster where tiles of rows would be half empty (they have smaller ones), and where there are
+/// few for each multiprocessor (they cut lists into parts).
+constexpr double kFullTile = 0.5, kFewWorks = 0.6;
 
 }  // namespace
 
@@ -44,7 +44,9 @@ bool takes_hopper_forward(const Problem& problem, const Stream& stream) {
   if (stream.arch() != 90 || problem.scale < 0 || family() == Family::generic) return false;
   if (family() == Family::hopper) return true;
   const HopperForwardConfig config = hopper_forward_config(options_of(problem));
-  return count_works(make_shape(problem, config.rows), config) >= kFewWorks * stream.multiprocessors();
+  const Shape shape = make_shape(problem, config.rows);
+  return static_cast<double>(shape.query_len) * shape.pack >= kFullTile * config.rows &&
+         static_cast<double>(count_works(shape, config)) >= kFewWorks * stream.multiprocessors();
 }
 
 void hopper_forward(const Problem& problem, const Output& output, Stream& stream) {
