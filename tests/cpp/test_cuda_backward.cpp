@@ -196,6 +196,18 @@ TEST(hopper_backward_of_spans) {
       check_backward(make_inputs(random, n, DType::bfloat16, is_causal), random, 90, false, is_causal);
 }
 
+// Tiles of rows are as many as there are rows for, whatever work there is for how many multiprocessors.
+TEST(backward_of_many_short_sequences_takes_little_memory) {
+  const InFamily family(Family::hopper);
+  Random random(12);
+  const Inputs in = make_inputs(random, {.B = 24, .Q = 128, .K = 128, .H = 1, .Hk = 1, .D = 64}, DType::bfloat16, true);
+  const Saved saved(in, random, false);
+  EmulatedStream stream(90, 1);
+  run(in, saved, false, stream);
+  const std::size_t row = 64 * sizeof(float), numbers = 2 * sizeof(float);
+  CHECK(stream.allocated_bytes() <= 24 * 128 * (3 * row + numbers) + 1024);
+}
+
 TEST(hopper_backward_with_a_bias_of_keys) {
   Random random(7);
   const InFamily family(Family::hopper);

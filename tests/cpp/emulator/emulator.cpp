@@ -469,6 +469,12 @@ void* EmulatedStream::allocate(std::size_t bytes) {
   return memory_.back().start;
 }
 
+std::size_t EmulatedStream::allocated_bytes() const {
+  std::size_t bytes = 0;
+  for (const Memory& memory : memory_) bytes += memory.size;
+  return bytes;
+}
+
 void EmulatedStream::zero(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
 
 TensorMap EmulatedStream::tensor_map(const TensorBoxes& boxes) const {

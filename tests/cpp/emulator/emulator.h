@@ -76,6 +76,7 @@ class EmulatedStream : public Stream {
 
   /// For the order in which threads take turns.
   void seed(unsigned seed) { seed_ = seed; }
+  std::size_t allocated_bytes() const;
   /// What has been launched.
   const std::vector<std::string>& launched() const { return launched_; }
 
