@@ -100,7 +100,8 @@ class DynamicMaskCache(Cache):
     """A transformers `Cache` that keeps at most `keep_window_size` rows per KV head and layer, for any context length.
 
     The output is that of a full cache: what is evicted would never have been visible again. Pass it as
-    `past_key_values` to `generate()` or `forward()` of a model from `flash_dmattn.integrations.doge.patch_doge`.
+    `past_key_values` (from transformers 5.24 on as `cache`) to `generate()` or `forward()` of a model from
+    `flash_dmattn.integrations.doge.patch_doge`.
 
     It cannot be cropped, which assisted generation needs.
 

@@ -27,8 +27,11 @@ class DynamicMaskDogeAttention(DogeAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        *,
+        cache: Cache | None = None,  # its name from transformers 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        cache = past_key_values if cache is None else cache
         batch_and_length = hidden_states.shape[:-1]
         per_head = (*batch_and_length, -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(per_head)).transpose(1, 2)
@@ -36,19 +39,19 @@ class DynamicMaskDogeAttention(DogeAttention):
         value = self.v_proj(hidden_states).view(per_head).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
 
-        if isinstance(past_key_values, DynamicMaskCache):
+        if isinstance(cache, DynamicMaskCache):
             score = self.score(value)
             if attention_mask is not None:
                 if attention_mask.dim() != 2:
                     raise ValueError("DynamicMaskCache needs a causal mask, beside which there is only padding")
                 score = score.masked_fill(~attention_mask[:, None, :], -torch.inf)
                 attention_mask = None
-            key, value, score = past_key_values.append(key, value, score, self.layer_idx)
+            key, value, score = cache.append(key, value, score, self.layer_idx)
         else:
-            if past_key_values is not None:
+            if cache is not None:
                 position = kwargs.get("cache_position")  # for the static cache of transformers 4
                 more = () if position is None else ({"cache_position": position},)
-                key, value = past_key_values.update(key, value, self.layer_idx, *more)
+                key, value = cache.update(key, value, self.layer_idx, *more)
             score = self.score(value)
 
         output, _ = flash_dynamic_mask_attention_forward(
