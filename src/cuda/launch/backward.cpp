@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <optional>
 
 #include "attention/backward_rows_params.cuh"
@@ -246,7 +245,7 @@ class Pass {
     const auto boxes = [&](const Rows& rows, const View<4>& view) {
       return stream_.tensor_map(boxes_of(rows, view, tile_positions_, shape_.pack));
     };
-    launch_with(HopperBackwardParams{params, boxes(boxed_input(problem_.query, stream_), problem_.query),
+    launch_with(HopperBackwardParams{params, boxes(boxed_input(params.query, problem_.query, stream_), problem_.query),
                                      boxes(grad_out_, output_gradient_.out)});
   }
 

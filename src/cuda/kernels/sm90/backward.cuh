@@ -34,7 +34,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
   using Block::is_tested, Block::key_of, Block::query_turn, Block::read_keys, Block::row_tile;
   using Block::kColumnTiles, Block::kDim, Block::kKeys, Block::kRows, Block::kStages;
   using Block::wait_for;
-  using Block::warp_key, Block::work;
+  using Block::work;
   using typename Block::Scores, typename Block::Sums, typename Block::T;
   static constexpr int kChunks = kOptions.head_dim / 8, kPanels = kConfig.panels();
   static constexpr int kConsumerThreads = kConfig.kConsumers * kWarpgroup;

@@ -35,11 +35,11 @@ struct alignas(1024) Panels {
 
 /// kThreads (a multiple of 64) start copying `kChunks` times 16 bytes of each row. `row_at(row)` says where a row is,
 /// or null: zeros.
-template <int kChunks, int kThreads = kWarpgroup, int kUnroll = 16, class AnyPanels, class RowAt>
+template <int kChunks, int kThreads = kWarpgroup, class AnyPanels, class RowAt>
 void gather_rows(AnyPanels& to, int thread, const RowAt& row_at) {
   constexpr int kLanes = 8, kRowsAtOnce = kThreads / kLanes;
   const int first = thread / kLanes, lane = thread % kLanes;
-#pragma unroll(kUnroll)
+#pragma unroll 16
   for (int row = 0; row < AnyPanels::kRows; row += kRowsAtOnce) {
     if (AnyPanels::kRows % kRowsAtOnce != 0 && first + row >= AnyPanels::kRows) break;
     const u16* const from = row_at(first + row);
