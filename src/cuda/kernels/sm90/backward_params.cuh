@@ -23,11 +23,12 @@ struct HopperBackwardConfig {
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
-/// The sums of wider heads do not fit the registers; nor, beside tiles of 128 rows, the addresses of a full bias.
+/// The sums of wider heads do not fit the registers; nor, beside tiles of 128 rows or a softcap, the addresses of a
+/// full bias.
 constexpr int kWidestHopperBackward = 128;
 constexpr bool has_hopper_backward(const BackwardOptions& options) {
   return options.arch == 90 && options.head_dim <= kWidestHopperBackward &&
-         (options.head_dim > 64 || options.bias != BiasKind::full);
+         (options.bias != BiasKind::full || (options.head_dim > 64 && !options.softcap));
 }
 
 constexpr HopperBackwardConfig hopper_backward_config(int head_dim) {
