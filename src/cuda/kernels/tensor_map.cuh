@@ -15,7 +15,7 @@ constexpr int kBoxColumns = 64;  ///< 128 bytes of a row
 /// A tensor (B, N, H, D) of 16-bit numbers, D a multiple of 8, and its boxes: kBoxColumns columns of `heads` heads at
 /// each of `positions` positions. What lies outside of the tensor is zeros.
 struct TensorBoxes {
-  Rows rows;  ///< strides at least 0, multiples of 8; starts at a multiple of 16 bytes
+  Rows rows;  ///< strides above 0, multiples of 8; starts at a multiple of 16 bytes
   int size[4];
   int positions, heads;
 };

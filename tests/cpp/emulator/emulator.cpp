@@ -486,7 +486,7 @@ TensorMap EmulatedStream::tensor_map(const TensorBoxes& boxes) const {
   const i64 strides[] = {boxes.rows.batch, boxes.rows.position, boxes.rows.head};
   for (int i = 0; i < 4; ++i) require(boxes.size[i] > 0, "no elements");
   for (int i = 0; i < 3; ++i)
-    require(boxes.size[i] == 1 || (strides[i] >= 0 && strides[i] % 8 == 0 && strides[i] < i64{1} << 39), "a stride");
+    require(boxes.size[i] == 1 || (strides[i] > 0 && strides[i] % 8 == 0 && strides[i] < i64{1} << 39), "a stride");
   require(boxes.positions > 0 && boxes.positions <= 256 && boxes.heads > 0 && boxes.heads <= 256, "the box");
   return map_of(boxes);
 }

@@ -117,9 +117,10 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions.
     }
     const int rows = params.tile_positions * params.shape.pack;
     if (rows < kRows)
-      for (int stage = 0; stage < kStages; ++stage)
-        zero_rows(shared.query[stage], rows, thread, kThreads),
-            zero_rows(shared.grad_out[stage], rows, thread, kThreads);
+      for (int stage = 0; stage < kStages; ++stage) {
+        zero_rows(shared.query[stage], rows, thread, kThreads);
+        zero_rows(shared.grad_out[stage], rows, thread, kThreads);
+      }
     fence_for_bulk();
     find_row_tiles();
   }
