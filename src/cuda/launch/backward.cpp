@@ -95,11 +95,16 @@ class Pass {
   }
 
   void run() {
-    allocate_sums();
+    grad_key_out_ = aligned_output(input_gradient_.key, stream_);
+    grad_value_out_ = aligned_output(input_gradient_.value, stream_);
     if (row_tiles_ > 0 && shape_.key_len > 0) {
+      const MadePlan made = make_plan(problem_, shape_, run_, stream_);
+      key_tiles_have_one_block_ = !made.plan.lists && made.plan.runs == 1 && shape_.units() == shape_.kv_heads;
+      allocate_sums();
       read_rows();
-      add_up();
+      add_up(made);
     } else {
+      allocate_sums();
       stream_.zero(grad_query_, static_cast<std::size_t>(sum_count_) * sizeof(float));
     }
     write_gradients();
@@ -133,7 +138,9 @@ class Pass {
 
   void allocate_sums() {
     const i64 query = row_tiles_ * blocks_.query_tile.size();
-    const i64 key = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads * blocks_.tiles.dim;
+    const i64 key = key_tiles_have_one_block_
+                        ? 0
+                        : static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads * blocks_.tiles.dim;
     i64 bias = 0;
     if (bias_.gradient) {
       const View<4>& gradient = *bias_.gradient;
@@ -174,8 +181,7 @@ class Pass {
   }
   RowNumbers grad_lse() const { return output_gradient_.lse ? row_numbers(*output_gradient_.lse) : RowNumbers{}; }
 
-  void add_up() {
-    const MadePlan made = make_plan(problem_, shape_, run_, stream_);
+  void add_up(const MadePlan& made) {
     const ScoresParams scores = make_scores(problem_, shape_, made.plan, stream_);
     BackwardParams params{};
     params.shape = shape_;
@@ -192,6 +198,11 @@ class Pass {
     params.grad_query = grad_query_;
     params.grad_key = grad_key_;
     params.grad_value = grad_value_;
+    if (key_tiles_have_one_block_) {
+      params.key_out = grad_key_out_;
+      params.value_out = grad_value_out_;
+      params.scale = static_cast<float>(problem_.scale);
+    }
     if (bias_.gradient && bias_.kind == BiasKind::per_key) params.grad_key_bias = bias_sums_;
     if (bias_.gradient && bias_.kind == BiasKind::full) {
       const auto& size = bias_.gradient->size;
@@ -251,9 +262,7 @@ class Pass {
 
   void write_gradients() {
     const float scale = static_cast<float>(problem_.scale);
-    const Rows query = aligned_output(input_gradient_.query, stream_),
-               key = aligned_output(input_gradient_.key, stream_),
-               value = aligned_output(input_gradient_.value, stream_);
+    const Rows query = aligned_output(input_gradient_.query, stream_);
     const QueryGradientOptions query_options{options_.arch, options_.head_dim, options_.number, is_hopper_};
     stream_.launch(kernel(query_options), {static_cast<unsigned>(row_tiles_)}, kRowThreads,
                    query_gradient_shared_bytes(query_options),
@@ -264,18 +273,19 @@ class Pass {
                                        .out = query,
                                        .scale = scale});
     const i64 keys = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads;
-    stream_.launch(rows_kernel("WriteKeyGradients", options_.number), {blocks_of(keys * blocks_.tiles.dim / 16)},
-                   kRowThreads, 0,
-                   KeyGradientsParams{.shape = shape_,
-                                      .padded_dim = blocks_.tiles.dim,
-                                      .grad_key = grad_key_,
-                                      .grad_value = grad_value_,
-                                      .key_out = key,
-                                      .value_out = value,
-                                      .scale = scale});
+    if (!key_tiles_have_one_block_)
+      stream_.launch(rows_kernel("WriteKeyGradients", options_.number), {blocks_of(keys * blocks_.tiles.dim / 16)},
+                     kRowThreads, 0,
+                     KeyGradientsParams{.shape = shape_,
+                                        .padded_dim = blocks_.tiles.dim,
+                                        .grad_key = grad_key_,
+                                        .grad_value = grad_value_,
+                                        .key_out = grad_key_out_,
+                                        .value_out = grad_value_out_,
+                                        .scale = scale});
     write_back(query, input_gradient_.query, stream_);
-    write_back(key, input_gradient_.key, stream_);
-    write_back(value, input_gradient_.value, stream_);
+    write_back(grad_key_out_, input_gradient_.key, stream_);
+    write_back(grad_value_out_, input_gradient_.value, stream_);
     if (input_gradient_.bias) write_bias_gradient(*input_gradient_.bias);
   }
 
@@ -332,6 +342,8 @@ class Pass {
   int tile_positions_, run_;
   int tiles_;      ///< of rows, of a unit: those of whole runs
   i64 row_tiles_;  ///< of all units
+  Rows grad_key_out_{}, grad_value_out_{};
+  bool key_tiles_have_one_block_ = false;  ///< which then has all of their dK and dV
   i64 sum_count_;
   float *grad_query_, *grad_key_, *grad_value_, *bias_sums_;
   float *lse_ = nullptr, *delta_ = nullptr;

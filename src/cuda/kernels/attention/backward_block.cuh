@@ -5,6 +5,7 @@
 //     P = exp(S - lse),  dP = dO V^T,  dS = P (dP - delta),  dBias += dS,  dQ += dS K
 #pragma once
 #include "attention/backward_params.cuh"
+#include "attention/chunk.cuh"
 #include "attention/softmax.cuh"
 #include "ptx/block.cuh"
 #include "ptx/memory.cuh"
@@ -367,6 +368,48 @@ struct BackwardBlock {
 
   // ---- sums
 
+  void add_sums() const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = numbers.position[key_of(half)];
+      if (position < 0) continue;
+      const i64 row =
+          ((static_cast<i64>(work.b) * params.shape.key_len + position) * params.shape.kv_heads + work.kv_head) * kDim +
+          warp_part * kOwnPairs * 16 + lane % 4 * 4;
+#pragma unroll
+      for (int pair = 0; pair < kOwnPairs; ++pair)
+        if (kPairs % kSplit == 0 || warp_part * kOwnPairs + pair < kPairs) {
+          const auto add = [&](float* to, const Sums& x) {
+            add_to(to + row + pair * 16, x[2 * pair][2 * half], x[2 * pair][2 * half + 1], x[2 * pair + 1][2 * half],
+                   x[2 * pair + 1][2 * half + 1]);
+          };
+          add(params.grad_key, grad_key);
+          add(params.grad_value, grad_value);
+        }
+    }
+  }
+  void write_sums(const Sums& sums, const Rows& to, float scale) const {
+    constexpr int kBlocks = 2 * kOwnPairs;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int position = numbers.position[key_of(half)];
+      T* const row = to.template at<T>(work.b, most(position, 0), work.kv_head);
+#pragma unroll
+      for (int n = 0; n < kBlocks; n += 4) {
+        Chunk chunk;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* const two = sums[least(n + i, kBlocks - 1)] + 2 * half;
+          chunk.words[i] = pack<T>(two[0] * scale, two[1] * scale);
+        }
+        transpose_in_quads(chunk.words, lane);
+        const int own = n + lane % 4, column = (warp_part * kBlocks + own) * kChunk;
+        if (position >= 0 && own < kBlocks && column < kOptions.head_dim)
+          *reinterpret_cast<Chunk*>(row + column) = chunk;
+      }
+    }
+  }
+
   // Deterministic: tiles of keys add to a tile of dQ in their order.
   int* query_turn(int row_tile) const { return params.query_turn + work.row_tiles + row_tile; }
 
@@ -377,34 +420,19 @@ struct BackwardBlock {
     const bool with_bias = kOptions.bias == BiasKind::per_key && params.grad_key_bias;
     if (kOptions.deterministic && thread == 0) wait_for(key_turn(), work.turn);
     if (with_bias || kOptions.deterministic) sync();
-    if (count > 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int position = numbers.position[key_of(half)];
-        if (position < 0) continue;
-        const i64 row =
-            ((static_cast<i64>(work.b) * params.shape.key_len + position) * params.shape.kv_heads + work.kv_head) *
-                kDim +
-            warp_part * kOwnPairs * 16 + lane % 4 * 4;
-#pragma unroll
-        for (int pair = 0; pair < kOwnPairs; ++pair)
-          if (kPairs % kSplit == 0 || warp_part * kOwnPairs + pair < kPairs) {
-            const auto add = [&](float* to, const Sums& x) {
-              add_to(to + row + pair * 16, x[2 * pair][2 * half], x[2 * pair][2 * half + 1], x[2 * pair + 1][2 * half],
-                     x[2 * pair + 1][2 * half + 1]);
-            };
-            add(params.grad_key, grad_key);
-            add(params.grad_value, grad_value);
-          }
-      }
-      if (with_bias && thread < kKeys && numbers.position[thread] >= 0) {
-        float sum = 0;
-        for (int part = 0; part < kSplit; ++part) sum += numbers.bias_sum[part][thread];
-        add_to(params.grad_key_bias +
-                   (static_cast<i64>(work.b) * params.shape.units() + work.unit) * params.shape.key_len +
-                   numbers.position[thread],
-               sum);
-      }
+    if (params.key_out.data) {
+      write_sums(grad_key, params.key_out, params.scale);
+      write_sums(grad_value, params.value_out, 1);
+    } else if (count > 0) {
+      add_sums();
+    }
+    if (count > 0 && with_bias && thread < kKeys && numbers.position[thread] >= 0) {
+      float sum = 0;
+      for (int part = 0; part < kSplit; ++part) sum += numbers.bias_sum[part][thread];
+      add_to(params.grad_key_bias +
+                 (static_cast<i64>(work.b) * params.shape.units() + work.unit) * params.shape.key_len +
+                 numbers.position[thread],
+             sum);
     }
     if constexpr (kOptions.deterministic) {
       sync();

@@ -83,6 +83,9 @@ struct BackwardParams {
   float factor;                  ///< logits.factor with the sign of the queries
   float* grad_query;             ///< tiles: (B, units, runs, tiles of a run, QueryTile::size())
   float *grad_key, *grad_value;  ///< (B, K, Hk, BackwardTiles::dim), columns in the order of column_in_sums
+  // Where a tile of keys has one block, it writes dK and dV themselves: the data of these is not null then.
+  Rows key_out, value_out;
+  float scale;
   Part part;
   int key_tiles;       ///< of the longest list
   int group;           ///< lists whose tiles are worked at together; deterministic: with one of a KV head at most

@@ -2,6 +2,7 @@
 // outputs.
 #pragma once
 #include "attention/backward_rows_params.cuh"
+#include "attention/chunk.cuh"
 #include "ptx/block.cuh"
 #include "ptx/number.cuh"
 #include "ptx/warp.cuh"

@@ -1,5 +1,6 @@
 // Tiles of 16-bit numbers in shared memory: filled by cp.async, read as operands of mma.
 #pragma once
+#include "attention/chunk.cuh"
 #include "ptx/block.cuh"
 #include "ptx/memory.cuh"
 #include "ptx/mma.cuh"
@@ -8,12 +9,6 @@
 #include "types.cuh"
 
 namespace flash_dmattn::cuda {
-
-/// 16 bytes, which a thread reads or writes at once.
-struct alignas(16) Chunk {
-  u32 words[4];
-};
-constexpr int kChunk = 8;  // numbers
 
 template <int kRowCount, int kColumnCount>
 struct alignas(16) Tile {

@@ -1,6 +1,7 @@
 // The forward pass on Hopper: one warpgroup copies queries, keys and values, the others multiply. Blocks stay, and take
 // one tile of rows after the other.
 #pragma once
+#include "attention/chunk.cuh"
 #include "attention/logits.cuh"
 #include "attention/place.cuh"
 #include "attention/softmax.cuh"
@@ -504,24 +505,6 @@ struct HopperForward {
           if (exists && (kDim == kOptions.head_dim || n + lane % 4 < kChunks)) to[n] = chunk;
         }
       }
-    }
-    /// 8 columns of a row.
-    struct alignas(16) Chunk {
-      u32 words[4];
-    };
-    /// Of the 4 x 4 words of the threads of a quad: column i of a chunk is thread i's at first, the whole of chunk i
-    /// then.
-    static void transpose_in_quads(u32 (&words)[4], int lane) {
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (i & step) continue;
-          u32 &low = words[i], &high = words[i + step];
-          const bool is_high = (lane & step) != 0;
-          const u32 other = shuffle_xor(is_high ? low : high, step);
-          (is_high ? low : high) = other;
-        }
     }
   };
 };
