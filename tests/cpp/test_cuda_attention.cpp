@@ -65,17 +65,18 @@ constexpr Kind kKinds[] = {KINDS(LIST)};
   BACKWARD(arch, head_dim, number, test, bias, softcap, true)                                \
   BACKWARD(arch, head_dim, number, test, BiasKind::full, softcap, false)                     \
   BACKWARD(arch, head_dim, number, test, BiasKind::full, softcap, true)                      \
-  EMULATE(WriteQueryGradient<QueryGradientOptions{arch, head_dim, number, false}>);
+  EMULATE(WriteQueryGradient<QueryGradientOptions{arch, head_dim, number, 0}>);
 KINDS(PASSES)
-#define HOPPER_PASSES(arch, ...) EMULATE(HopperForward<HopperForwardOptions{__VA_ARGS__}>);
+#define HOPPER_BACKWARD(...) EMULATE(HopperBackward<BackwardOptions{90, __VA_ARGS__}>);
+#define HOPPER_PASSES(arch, head_dim, number, test, bias, softcap)                     \
+  EMULATE(HopperForward<HopperForwardOptions{head_dim, number, test, bias, softcap}>); \
+  HOPPER_BACKWARD(head_dim, number, test, bias, softcap, false)                        \
+  HOPPER_BACKWARD(head_dim, number, test, bias, softcap, true)                         \
+  HOPPER_BACKWARD(head_dim, number, test, BiasKind::full, softcap, false)              \
+  HOPPER_BACKWARD(head_dim, number, test, BiasKind::full, softcap, true)               \
+  EMULATE(WriteQueryGradient<QueryGradientOptions{90, head_dim, number, 64}>);         \
+  EMULATE(WriteQueryGradient<QueryGradientOptions{90, head_dim, number, 128}>);
 HOPPER_KINDS(HOPPER_PASSES)
-// The other kinds are left to the generic kernels.
-#define HOPPER_BACKWARD(head_dim, bias, softcap)                                                                  \
-  EMULATE(HopperBackward<BackwardOptions{90, head_dim, Number::bfloat16, Test::interval, bias, softcap, false}>); \
-  EMULATE(HopperBackward<BackwardOptions{90, head_dim, Number::bfloat16, Test::interval, bias, softcap, true}>);  \
-  EMULATE(WriteQueryGradient<QueryGradientOptions{90, head_dim, Number::bfloat16, true}>);
-HOPPER_BACKWARD(64, BiasKind::none, false)
-HOPPER_BACKWARD(24, BiasKind::per_key, true)
 
 #define OF_NUMBERS(number)                      \
   EMULATE(Combine<CombineOptions{80, number}>); \

@@ -38,18 +38,30 @@ HOPPER_BACKWARD(90, 64, Number::bfloat16, Test::interval, BiasKind::per_key, fal
 HOPPER_BACKWARD(90, 64, Number::bfloat16, Test::interval, BiasKind::per_key, false, true);
 HOPPER_BACKWARD(90, 96, Number::float16, Test::bits, BiasKind::full, false, false);
 HOPPER_BACKWARD(90, 96, Number::float16, Test::bits, BiasKind::full, false, true);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 64, Number::bfloat16, true}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 96, Number::float16, true}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16, true}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 72, Number::float16, true}>);
+HOPPER_BACKWARD(90, 40, Number::float16, Test::bits, BiasKind::full, false, false);
+HOPPER_BACKWARD(90, 40, Number::float16, Test::bits, BiasKind::full, true, true);
+HOPPER_BACKWARD(90, 96, Number::float16, Test::bits, BiasKind::full, true, false);
+HOPPER_BACKWARD(90, 96, Number::float16, Test::bits, BiasKind::full, true, true);
+HOPPER_BACKWARD(90, 256, Number::bfloat16, Test::interval, BiasKind::per_key, false, false);
+HOPPER_BACKWARD(90, 256, Number::bfloat16, Test::interval, BiasKind::per_key, false, true);
+HOPPER_BACKWARD(90, 192, Number::bfloat16, Test::interval, BiasKind::none, true, false);
+HOPPER_BACKWARD(90, 136, Number::bfloat16, Test::interval, BiasKind::none, false, true);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 40, Number::float16, 64}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 256, Number::bfloat16, 64}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 192, Number::bfloat16, 64}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 136, Number::bfloat16, 64}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 64, Number::bfloat16, 128}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 96, Number::float16, 64}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16, 64}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 72, Number::float16, 64}>);
 EMULATE(BackwardRows<Number::float16>);
 EMULATE(BackwardRows<Number::bfloat16>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 8, Number::bfloat16, false}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16, false}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{86, 72, Number::float16, false}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{80, 72, Number::float16, false}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{90, 256, Number::bfloat16, false}>);
-EMULATE(WriteQueryGradient<QueryGradientOptions{80, 144, Number::bfloat16, false}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 8, Number::bfloat16, 0}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 128, Number::bfloat16, 0}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{86, 72, Number::float16, 0}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{80, 72, Number::float16, 0}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{90, 256, Number::bfloat16, 0}>);
+EMULATE(WriteQueryGradient<QueryGradientOptions{80, 144, Number::bfloat16, 0}>);
 EMULATE(WriteKeyGradients<Number::float16>);
 EMULATE(WriteKeyGradients<Number::bfloat16>);
 EMULATE(WriteBiasGradient<Number::float16>);
@@ -242,6 +254,31 @@ TEST(hopper_backward_with_a_full_bias) {
       in.mask = Tensor<4>(DType::boolean, {1, 2, 140, 150}).fill([&] { return random.chance(0.3); });
       check_backward(in, random, 90, deterministic, size[0] == 1);
     }
+}
+
+// The warpgroups have the same keys.
+TEST(hopper_backward_that_shares_keys) {
+  Random random(13);
+  const InFamily family(Family::hopper);
+  for (const std::int64_t dim : {40, 96})
+    for (const bool deterministic : {false, true}) {
+      Inputs in = make_inputs(random, {2, 140, 150, 4, 2, dim}, DType::float16, true);
+      in.bias = normal(random, DType::float16, {1, 4, 140, 150});
+      in.mask = Tensor<4>(DType::boolean, {1, 2, 140, 150}).fill([&] { return random.chance(0.3); });
+      if (dim == 96 || deterministic) in.softcap = 3;
+      check_backward(in, random, 90, deterministic);
+    }
+  for (const bool deterministic : {false, true}) {
+    Inputs in = make_inputs(random, {1, 330, 560, 2, 1, 256}, DType::bfloat16, true);
+    Tensor<3> score(DType::float32, {1, 1, 560});
+    in.end = dynamic_end(score.fill([&] { return random.normal(); }), 60, 330);
+    in.bias = normal(random, DType::float32, {1, 1, 1, 560});
+    check_backward(in, random, 90, deterministic, deterministic);
+  }
+  Inputs in = make_inputs(random, {1, 300, 140, 3, 1, 190}, DType::bfloat16, true);
+  in.softcap = 3;
+  check_backward(in, random, 90, false, true);
+  check_backward(make_inputs(random, {2, 150, 300, 2, 2, 132}, DType::bfloat16, false), random, 90, true);
 }
 
 // Heads share a mask by ones, twos and threes: tiles of rows begin between the heads of a position.

@@ -28,7 +28,7 @@ Kernel kernel(const BackwardOptions& o, bool is_hopper) {
 }
 Kernel kernel(const QueryGradientOptions& o) {
   return {kRowsHeader, "WriteQueryGradient<" +
-                           options_text("QueryGradientOptions", o.arch, o.head_dim, o.number, o.is_hopper) + ">"};
+                           options_text("QueryGradientOptions", o.arch, o.head_dim, o.number, o.hopper_rows) + ">"};
 }
 Kernel rows_kernel(const char* name, Number number) {
   return {kRowsHeader, std::string(name) + "<" + text(number) + ">"};
@@ -82,7 +82,7 @@ class Pass {
                  .softcap = problem.softcap > 0,
                  .deterministic = deterministic},
         is_hopper_(takes_hopper()),
-        blocks_(is_hopper_ ? hopper_backward_config(options_.head_dim).blocks()
+        blocks_(is_hopper_ ? hopper_backward_config(options_).blocks()
                            : backward_config(options_.arch, options_.head_dim, options_.bias).blocks()),
         shape_(make_shape(problem, blocks_.tiles.rows)) {
     if (bias_.per_query_head || (deterministic && bias_.is_shared)) shape_.pack = 1;
@@ -134,7 +134,11 @@ class Pass {
   static constexpr int kRunRows = 1024, kShortRun = 512, kLongRun = 2048;  // the last two in positions
   static constexpr int kRounds = 8;                                        // of blocks on a multiprocessor
 
-  bool takes_hopper() const { return family() != Family::generic && has_hopper_backward(options_); }
+  /// With full biases, whose reading and writing takes most of the time, the generic kernels are as fast or faster.
+  bool takes_hopper() const {
+    if (options_.arch != 90 || family() == Family::generic) return false;
+    return family() == Family::hopper || options_.bias != BiasKind::full || options_.head_dim > 128;
+  }
 
   void allocate_sums() {
     const i64 query = row_tiles_ * blocks_.query_tile.size();
@@ -263,7 +267,8 @@ class Pass {
   void write_gradients() {
     const float scale = static_cast<float>(problem_.scale);
     const Rows query = aligned_output(input_gradient_.query, stream_);
-    const QueryGradientOptions query_options{options_.arch, options_.head_dim, options_.number, is_hopper_};
+    const QueryGradientOptions query_options{options_.arch, options_.head_dim, options_.number,
+                                             is_hopper_ ? blocks_.tiles.rows : 0};
     stream_.launch(kernel(query_options), {static_cast<unsigned>(row_tiles_)}, kRowThreads,
                    query_gradient_shared_bytes(query_options),
                    QueryGradientParams{.shape = shape_,
@@ -366,17 +371,17 @@ void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>
     for (const char* name : {"BackwardRows", "WriteKeyGradients", "WriteBiasGradient", "WriteRowBiasGradient"})
       kernels.push_back({rows_kernel(name, number), {selection.arch, static_cast<int>(number)}});
     for (const int head_dim : selection.head_dims) {
-      for (const bool is_hopper : {false, true})
-        if (!is_hopper || (selection.arch == 90 && head_dim <= kWidestHopperBackward))
-          kernels.push_back({kernel(QueryGradientOptions{selection.arch, head_dim, number, is_hopper}),
-                             {selection.arch, head_dim, static_cast<int>(number), is_hopper}});
+      for (const int hopper_rows : {0, 64, 128})
+        if (hopper_rows == 0 || (selection.arch == 90 && (hopper_rows == 64 || head_dim <= 64)))
+          kernels.push_back({kernel(QueryGradientOptions{selection.arch, head_dim, number, hopper_rows}),
+                             {selection.arch, head_dim, static_cast<int>(number), hopper_rows}});
       for (const Test test : {Test::interval, Test::bits})
         for (const BiasKind bias : {BiasKind::none, BiasKind::per_key, BiasKind::full})
           for (const bool softcap : {false, true})
             for (const bool deterministic : {false, true})
               for (const bool is_hopper : {false, true}) {
                 const BackwardOptions o{selection.arch, head_dim, number, test, bias, softcap, deterministic};
-                if (is_hopper && !has_hopper_backward(o)) continue;
+                if (is_hopper && o.arch != 90) continue;
                 kernels.push_back({kernel(o, is_hopper),
                                    {o.arch, head_dim, static_cast<int>(number), static_cast<int>(test),
                                     static_cast<int>(bias), softcap, deterministic}});

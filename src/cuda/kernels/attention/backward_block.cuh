@@ -250,6 +250,8 @@ struct BackwardBlock {
 #pragma unroll
       for (int i = 0; i < 4; ++i) use(n, i, first + 8 * n + i % 2, i / 2);
   }
+  /// Which of its part's pairs of 8 columns a pair of the sums is.
+  int own_pair(int pair) const { return kTiles.turned == 0 ? pair : (pair + warp_part * kTiles.turned) % kOwnPairs; }
   int key_of(int half) const {
     const int thread = thread_index_anew();
     return thread / kWarp % kKeyGroups * 16 + thread % kWarp / 4 + 8 * half;
@@ -380,8 +382,8 @@ struct BackwardBlock {
       for (int pair = 0; pair < kOwnPairs; ++pair)
         if (kPairs % kSplit == 0 || warp_part * kOwnPairs + pair < kPairs) {
           const auto add = [&](float* to, const Sums& x) {
-            add_to(to + row + pair * 16, x[2 * pair][2 * half], x[2 * pair][2 * half + 1], x[2 * pair + 1][2 * half],
-                   x[2 * pair + 1][2 * half + 1]);
+            add_to(to + row + own_pair(pair) * 16, x[2 * pair][2 * half], x[2 * pair][2 * half + 1],
+                   x[2 * pair + 1][2 * half], x[2 * pair + 1][2 * half + 1]);
           };
           add(params.grad_key, grad_key);
           add(params.grad_value, grad_value);
@@ -403,7 +405,7 @@ struct BackwardBlock {
           chunk.words[i] = pack<T>(two[0] * scale, two[1] * scale);
         }
         transpose_in_quads(chunk.words, lane);
-        const int own = n + lane % 4, column = (warp_part * kBlocks + own) * kChunk;
+        const int own = 2 * own_pair(n / 2) + lane % 4, column = (warp_part * kBlocks + own) * kChunk;
         if (position >= 0 && own < kBlocks && column < kOptions.head_dim)
           *reinterpret_cast<Chunk*>(row + column) = chunk;
       }

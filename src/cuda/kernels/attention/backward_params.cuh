@@ -17,6 +17,7 @@ struct BackwardTiles {
   int keys, rows, dim;  ///< dim: what the head dim is padded to
   int split;   ///< warps that share 16 keys: in the scores each has its part of the rows, in dK and dV of the columns
   int stages;  ///< of rows; 2: the next tile is copied while one is worked at
+  int turned = 0;  ///< of the second part's columns, the last `turned` pairs of 8 come first
 };
 
 /// How the sums of a tile of dQ are cut among warps, column_groups side by side: a warp has row_tiles x pairs of 16 x

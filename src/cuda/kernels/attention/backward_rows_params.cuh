@@ -27,11 +27,11 @@ constexpr int kRowThreads = 256;  ///< of the kernels before and after the pass
 struct QueryGradientOptions {
   int arch, head_dim;
   Number number;
-  bool is_hopper;  ///< the sums are those of HopperBackward
+  int hopper_rows;  ///< of a tile of HopperBackward, whose sums these are; 0: they are those of Backward
 };
 constexpr QueryTile query_tile(const QueryGradientOptions& options) {
-  return options.is_hopper ? hopper_backward_config(options.head_dim).query_tile()
-                           : backward_config(options.arch, options.head_dim).query_tile();
+  return options.hopper_rows > 0 ? hopper_query_tile(options.head_dim, options.hopper_rows)
+                                 : backward_config(options.arch, options.head_dim).query_tile();
 }
 constexpr int query_gradient_shared_bytes(const QueryGradientOptions& options) {
   return query_tile(options).rows * tile_pitch(round_up(options.head_dim, 16)) * 2;

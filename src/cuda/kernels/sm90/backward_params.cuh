@@ -5,41 +5,55 @@
 
 namespace flash_dmattn::cuda {
 
-/// Two warpgroups have 64 keys each; one more copies rows and adds dQ.
+/// Tiles of dQ of so many rows. A warpgroup has 64 of 128 rows and all columns; or all of 64 rows, and half of the
+/// columns.
+constexpr QueryTile hopper_query_tile(int head_dim, int rows) {
+  return rows == 128 ? QueryTile{128, 8, 1, 1, head_dim <= 32 ? 2 : 4}
+                     : QueryTile{64, 8, 2, 1, 2 * divide_up(head_dim, 64)};
+}
+
+/// Two warpgroups multiply, and one more copies rows and adds dQ. Either each has 64 keys of its own. Or, where that
+/// takes too many registers, both have the same 64: half of the rows each in the scores, half of the columns in dK, dV
+/// and dQ. Probabilities then go through shared memory.
 struct HopperBackwardConfig {
   int head_dim;
-  int dim;   ///< of the products: what head_dim is padded to
-  int rows;  ///< of a tile
+  int dim;         ///< of the products: what head_dim is padded to
+  int keys, rows;  ///< of a tile
+  int query_stages = 2, grad_out_stages = 2;
   int shared_bytes = 0;
 
-  static constexpr int kKeys = 128, kStages = 2, kConsumers = 2, kThreads = 3 * 128;
+  static constexpr int kConsumers = 2, kThreads = 3 * 128;
   static constexpr int kRegisters = 240, kCopyRegisters = 24;
 
+  constexpr bool shares_keys() const { return keys == 64; }
   constexpr int panels() const { return divide_up(dim, 64); }
-  constexpr BackwardTiles tiles() const { return {kKeys, rows, dim, 1, kStages}; }
-  /// A warpgroup has 64 of the rows and all columns, or all rows and 64 of the columns.
   constexpr bool cuts_rows() const { return rows == 128; }
-  constexpr QueryTile query_tile() const { return {rows, 8, cuts_rows() ? 1 : 2, 1, cuts_rows() ? dim / 16 : 4}; }
+  /// Keys shared: the panels of which a warpgroup has all columns; and whether it has half of one more.
+  constexpr int whole_panels() const { return panels() / 2; }
+  constexpr bool halves_panel() const { return panels() % 2 != 0; }
+  constexpr BackwardTiles tiles() const {
+    return {keys, rows, dim, shares_keys() ? 2 : 1, query_stages, shares_keys() && halves_panel() ? 2 : 0};
+  }
+  constexpr QueryTile query_tile() const { return hopper_query_tile(head_dim, rows); }
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
-/// The sums of wider heads do not fit the registers; nor, beside tiles of 128 rows or a softcap, the addresses of a
-/// full bias.
-constexpr int kWidestHopperBackward = 128;
-constexpr bool has_hopper_backward(const BackwardOptions& options) {
-  return options.arch == 90 && options.head_dim <= kWidestHopperBackward &&
-         (options.bias != BiasKind::full || (options.head_dim > 64 && !options.softcap));
-}
-
-constexpr HopperBackwardConfig hopper_backward_config(int head_dim) {
-  const int dim = head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : 128;
-  HopperBackwardConfig config{head_dim, dim, dim <= 64 ? 128 : 64};
-  const int tiles = (2 * config.kKeys + 2 * config.kStages * config.rows) * config.panels() * 128 +
-                    2 * config.kKeys * config.rows * 2 + config.query_tile().size() * 4;
-  const int numbers = config.kStages * config.rows * 8 + config.kKeys * 24 + kMostRowTiles * 3 + 80;
-  const int barriers = 11 * 8;
+/// The addresses of a full bias take registers, and so does a softcap.
+constexpr HopperBackwardConfig hopper_backward_config(int head_dim, BiasKind bias, bool softcap) {
+  const bool shares_keys = head_dim > 128 || (bias == BiasKind::full && (head_dim <= 64 || softcap));
+  HopperBackwardConfig config{head_dim, round_up(head_dim, shares_keys ? 64 : 32), shares_keys ? 64 : 128,
+                              shares_keys || head_dim > 64 ? 64 : 128};
+  if (head_dim > 192) config.grad_out_stages = 1;
+  const int rows = config.rows * (config.query_stages + config.grad_out_stages), scores = 2 * config.keys * config.rows;
+  const int tiles = (2 * config.keys + rows) * config.panels() * 128 + scores * 2 +
+                    config.query_tile().size() * 4 / (shares_keys ? 2 : 1);
+  const int numbers = config.query_stages * config.rows * 8 + config.keys * 24 + kMostRowTiles * 3 + 80;
+  const int barriers = 13 * 8;
   config.shared_bytes = round_up(tiles + numbers + barriers, 1024);
   return config;
+}
+constexpr HopperBackwardConfig hopper_backward_config(const BackwardOptions& options) {
+  return hopper_backward_config(options.head_dim, options.bias, options.softcap);
 }
 
 struct HopperBackwardParams {
