@@ -94,14 +94,14 @@ class Problem:
 
     def forward(self, mask: tuple[Tensor | None, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
         end, survivors = (None, None) if self.case.is_bool else mask or self.mask
-        options = end, survivors, self.case.head_dim**-0.5, 0.0, not self.case.is_bool, False
+        options = end, survivors, self.case.head_dim**-0.5, 0.0, True, False
         return operators.forward(self.query, self.key, self.value, self.bool_mask, self.score[:, :, None], *options)
 
     def backward(self, deterministic: bool = False) -> tuple[Tensor, ...]:
         is_bool = self.case.is_bool
         mask = (None, None) if is_bool else self.mask
         saved = self.query, self.key, self.value, self.out, self.lse, self.bool_mask, self.score[:, :, None], *mask
-        options = self.case.head_dim**-0.5, 0.0, not is_bool, deterministic, True
+        options = self.case.head_dim**-0.5, 0.0, True, deterministic, True
         return operators.backward(self.grad_out, None, *saved, *options)
 
     def some(self, count: int = 16) -> Tensor:

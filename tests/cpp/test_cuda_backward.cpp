@@ -295,5 +295,16 @@ TEST(hopper_backward_of_dense_masks) {
     }
 }
 
+// Runs are as long as bits allow: all words of a key are needed.
+TEST(hopper_backward_of_long_dense_masks) {
+  Random random(14);
+  const InFamily family(Family::hopper);
+  Inputs in = make_inputs(random, {1, 1100, 1100, 1, 1, 72}, DType::float16, true);
+  in.mask = Tensor<4>(DType::boolean, {1, 1, 1100, 1100}).fill([&] { return random.chance(0.1); });
+  in.bias = normal(random, DType::float16, {1, 1, 1, 1100});
+  in.softcap = 3;
+  check_backward(in, random);
+}
+
 }  // namespace
 }  // namespace flash_dmattn::cuda

@@ -116,7 +116,7 @@ class Pass {
   int choose_tiles_of_run() const {
     const i64 units = static_cast<i64>(shape_.batch) * shape_.units();
     const i64 window = problem_.survivors ? problem_.survivors->size[3] : kLargest;
-    const i64 longest = options_.test == Test::bits ? kShortRun
+    const i64 longest = options_.test == Test::bits ? (is_hopper_ ? kMostBits : kShortRun)
                         : problem_.survivors        ? std::clamp<i64>(window, kShortRun, kLongRun)
                                                     : kLargest;
     const int all = std::max(divide_up(shape_.query_len, tile_positions_), 1);

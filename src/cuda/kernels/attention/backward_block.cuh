@@ -26,7 +26,8 @@ struct BackwardBlock {
   using T = typename TypeOf<kOptions.number>::type;
   using Scores = float[kColumnTiles][4];
   using Sums = float[2 * kOwnPairs][4];
-  using Numbers = BackwardNumbers<kKeys, kRows, kStages>;
+  static constexpr int kBitWords = kTiles.bit_words;
+  using Numbers = BackwardNumbers<kKeys, kRows, kStages, kBitWords>;
 
   const BackwardParams& params;
   Numbers& numbers;
@@ -181,18 +182,31 @@ struct BackwardBlock {
         numbers.end[i] = exists ? row(seen.end) : 0;
       }
     }
+    if constexpr (kBitWords > 0)
+      for (int i = thread; i < kKeys * plan.words; i += kThreads) {
+        const int key = i / plan.words, word = i % plan.words;
+        numbers.bits[key * kBitWords + word] = bits_of_entry(first_key + key, word);
+      }
     sync_block();
   }
 
-  /// Test::bits: bit i says whether the position row_at(first_row).query + i sees the key.
+  /// Test::bits: one word of those of an entry of the list, from anywhere up to the tile's end.
+  u32 bits_of_entry(int index, int word) const {
+    if (index >= work.list.count) return 0;
+    if (index < work.list.full) return ~0u;
+    return params.plan.bits[(work.list.offset + index) * params.plan.words + word];
+  }
+  /// Bit i says whether the position row_at(first_row).query + i sees the key.
   u64 bits_of_key(int key, int first_row) const {
-    const int first_key = work.tile * kKeys, index = first_key + key;
-    if (key >= work.list.count - first_key) return 0;
-    if (index < work.list.full) return ~u64{0};
+    const auto bits = [&](int word) {
+      if constexpr (kBitWords > 0)
+        return numbers.bits[key * kBitWords + word];
+      else
+        return bits_of_entry(work.tile * kKeys + key, word);
+    };
     const int words = params.plan.words, first = row_at(first_row).query, word = least(first / 32, words - 1);
-    const u32* const bits = params.plan.bits + (work.list.offset + index) * words;
-    const u64 high = word + 1 < words ? bits[word + 1] : 0;
-    return (high << 32 | bits[word]) >> first % 32;
+    const u64 high = word + 1 < words ? bits(word + 1) : 0;
+    return (high << 32 | bits(word)) >> first % 32;
   }
   /// Rows whose bits are looked at together: they have at most 64 positions.
   static constexpr int kBitRows = least(kPartRows, 64);

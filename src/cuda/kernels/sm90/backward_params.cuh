@@ -12,6 +12,8 @@ constexpr QueryTile hopper_query_tile(int head_dim, int rows) {
                      : QueryTile{64, 8, 2, 1, 2 * divide_up(head_dim, 64)};
 }
 
+constexpr int kMostBits = 1024;  ///< positions of a run whose keys are tested by bits
+
 /// Two warpgroups multiply, and one more copies rows and adds dQ. Either each has 64 keys of its own. Or, where that
 /// takes too many registers, both have the same 64: half of the rows each in the scores, half of the columns in dK, dV
 /// and dQ. Probabilities then go through shared memory.
@@ -19,6 +21,7 @@ struct HopperBackwardConfig {
   int head_dim;
   int dim;         ///< of the products: what head_dim is padded to
   int keys, rows;  ///< of a tile
+  int bit_words;   ///< of a key, in shared memory: one more than it may have, so that keys are in different banks
   int query_stages = 2, grad_out_stages = 2;
   int shared_bytes = 0;
 
@@ -32,28 +35,30 @@ struct HopperBackwardConfig {
   constexpr int whole_panels() const { return panels() / 2; }
   constexpr bool halves_panel() const { return panels() % 2 != 0; }
   constexpr BackwardTiles tiles() const {
-    return {keys, rows, dim, shares_keys() ? 2 : 1, query_stages, shares_keys() && halves_panel() ? 2 : 0};
+    return {keys, rows, dim, shares_keys() ? 2 : 1, query_stages, shares_keys() && halves_panel() ? 2 : 0, bit_words};
   }
   constexpr QueryTile query_tile() const { return hopper_query_tile(head_dim, rows); }
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
 /// The addresses of a full bias take registers, and so does a softcap.
-constexpr HopperBackwardConfig hopper_backward_config(int head_dim, BiasKind bias, bool softcap) {
-  const bool shares_keys = head_dim > 128 || (bias == BiasKind::full && (head_dim <= 64 || softcap));
-  HopperBackwardConfig config{head_dim, round_up(head_dim, shares_keys ? 64 : 32), shares_keys ? 64 : 128,
-                              shares_keys || head_dim > 64 ? 64 : 128};
+constexpr HopperBackwardConfig hopper_backward_config(const BackwardOptions& options) {
+  const int head_dim = options.head_dim;
+  const bool shares_keys = head_dim > 128 || (options.bias == BiasKind::full && (head_dim <= 64 || options.softcap));
+  HopperBackwardConfig config{.head_dim = head_dim,
+                              .dim = round_up(head_dim, shares_keys ? 64 : 32),
+                              .keys = shares_keys ? 64 : 128,
+                              .rows = shares_keys || head_dim > 64 ? 64 : 128,
+                              .bit_words = options.test == Test::bits ? kMostBits / 32 + 1 : 0};
   if (head_dim > 192) config.grad_out_stages = 1;
   const int rows = config.rows * (config.query_stages + config.grad_out_stages), scores = 2 * config.keys * config.rows;
   const int tiles = (2 * config.keys + rows) * config.panels() * 128 + scores * 2 +
                     config.query_tile().size() * 4 / (shares_keys ? 2 : 1);
-  const int numbers = config.query_stages * config.rows * 8 + config.keys * 24 + kMostRowTiles * 3 + 80;
+  const int numbers =
+      config.query_stages * config.rows * 8 + config.keys * (24 + 4 * config.bit_words) + kMostRowTiles * 3 + 96;
   const int barriers = 13 * 8;
   config.shared_bytes = round_up(tiles + numbers + barriers, 1024);
   return config;
-}
-constexpr HopperBackwardConfig hopper_backward_config(const BackwardOptions& options) {
-  return hopper_backward_config(options.head_dim, options.bias, options.softcap);
 }
 
 struct HopperBackwardParams {
