@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import checks, operators
 from ..problem import Problem
-from . import cpu
+from . import cpu, plain
+from .tiles import BLOCK, Blocks, Tiles, make_blocks, make_tiles, rows_of
 
 
 def _find_missing() -> str | None:
@@ -38,127 +39,130 @@ MISSING: str | None = _find_missing()
 
 
 def attention(problem: Problem) -> Tensor:
-    if problem.query.is_cuda:
-        return attention_with_lse(problem)[0]
-    checks.check_dtype("query", problem.query, DTYPES)
-    return _CPUAttention.apply(*problem)
+    return _attention(problem, needs_lse=False)[0]
 
 
 def attention_with_lse(problem: Problem) -> tuple[Tensor, Tensor]:
-    checks.check_dtype("query", problem.query, DTYPES)
-    if problem.query.is_cuda:
-        return _flex_attention(problem, return_lse=True)
-    # On the CPU FlexAttention has no lse to give.
-    return _CPUAttention.apply(*problem), operators.forward(*problem)[1]
+    out, lse = _attention(problem, needs_lse=True)
+    assert lse is not None
+    return out, lse
 
 
 def probabilities(problem: Problem, lse: Tensor) -> Tensor:
-    if problem.query.is_cuda:
-        raise ValueError("return_attn_probs is True; on CUDA tensors the flex backend takes False or None")
-    return cpu.probabilities(problem, lse)
+    return _probabilities(problem, lse) if problem.query.is_cuda else cpu.probabilities(problem, lse)
+
+
+def _attention(problem: Problem, *, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+    checks.check_dtype("query", problem.query, DTYPES)
+    query, key, value, _, bias, *_ = problem
+    if query.numel() == 0 or key.numel() == 0:
+        # Zeros, which depend on the inputs all the same.
+        out = query * 0 + key.sum() * 0 + value.sum() * 0
+        lse_size = query.size(0), query.size(2), query.size(1)
+        return out, torch.full(lse_size, -math.inf, device=query.device)
+    if query.is_cuda:
+        return _flex_attention(problem, needs_lse=needs_lse)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias))
+    return _CPUAttention.apply(*problem, needs_lse or needs_grad)
 
 
 class _CPUAttention(torch.autograd.Function):
-    """FlexAttention forward, which on the CPU refuses tensors that require gradients; the engine backward."""
+    """FlexAttention forward, which on the CPU refuses tensors that require gradients and gives no lse. The engine makes
+    the lse, where it is needed, and does the backward."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        problem = Problem(*arguments)
-        ctx.save_for_backward(*arguments[:7])
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        *arguments, needs_lse = arguments
+        problem = Problem(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+        out, _ = _flex_attention(problem, needs_lse=False)
+        lse = operators.forward(*problem)[1] if needs_lse else None
+        ctx.save_for_backward(*arguments[:7], out, lse)
         ctx.options = arguments[7:]
-        bias = None if problem.bias is None else problem.bias.detach()
-        return _flex_attention(
-            problem._replace(
-                query=problem.query.detach(), key=problem.key.detach(), value=problem.value.detach(), bias=bias
-            ),
-            return_lse=False,
-        )
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *masks = ctx.saved_tensors  # mask, bias, end, survivors
-        out, lse = operators.forward(query, key, value, *masks, *ctx.options)
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, *masks, out, lse = ctx.saved_tensors  # mask, bias, end, survivors
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
         needs_bias_grad = ctx.needs_input_grad[4]
         *grads, grad_bias = operators.backward(
-            grad_out.contiguous(), None, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
+            grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
         )
-        return *grads, None, grad_bias if needs_bias_grad else None, *[None] * 6
+        return *grads, None, grad_bias if needs_bias_grad else None, *[None] * 7
 
 
-def _flex_attention(problem: Problem, *, return_lse: bool) -> Any:
-    """out (B, Q, H, D), and lse (B, H, Q) if asked for."""
-    query, key, value, mask, bias, end, _, scale, softcap, is_causal, _ = problem
-    if query.numel() == 0 or key.numel() == 0:
-        out = torch.zeros_like(query)
-        lse = torch.full((query.size(0), query.size(2), query.size(1)), -math.inf, device=query.device)
-        return (out, lse) if return_lse else out
-    attention = _compiled(query.device.type)
-    # Every combination of features, dtypes and shapes is a kernel of its own: many more than the usual limits.
+def _flex_attention(problem: Problem, *, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
+    """out (B, Q, H, D), and lse (B, H, Q) if it is needed."""
+    tiles, cut = make_tiles(problem)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tiles)
+    blocks = make_blocks(tiles, cut, backward=needs_grad)
+    bias, scale, softcap = tiles.bias, problem.scale, problem.softcap
+    # What FlexAttention captures gets its gradient by atomic additions.
+    adds_bias_grad = problem.deterministic and needs_grad and bias is not None and bias.requires_grad
+    if adds_bias_grad:
+        assert bias is not None
+        tiles = tiles._replace(bias=bias.detach())
+    out, lse = _run(tiles, blocks, scale, softcap, needs_lse or adds_bias_grad)
+    if adds_bias_grad:
+        out, lse = plain.DeterministicBiasGradient.apply(out, lse, bias, tiles, scale, softcap)
+    out = rows_of(out, cut)[..., : problem.query.size(3)]
+    return out, None if lse is None else rows_of(lse, cut).transpose(1, 2)
+
+
+def _probabilities(problem: Problem, lse: Tensor) -> Tensor:
+    problem = problem._replace(survivors=None)  # All keys, in order.
+    tiles, cut = make_tiles(Problem(*(x.detach() if isinstance(x, Tensor) else x for x in problem)))
+    size = tiles.query.shape[:3]
+    padded = lse.new_full(size, -math.inf)
+    padded[: cut.batch, :, : cut.query_len] = lse.detach()
+    probs = plain.probabilities(tiles, padded, problem.scale, problem.softcap)
+    return probs[: cut.batch, :, : cut.query_len, : problem.key.size(1)].contiguous()
+
+
+def _run(
+    tiles: Tiles, blocks: Blocks, scale: float, softcap: float, needs_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """out (T, H, Q, D), and lse (T, H, Q) if it is needed, by the compiled kernels."""
+    # As tensors: another number is not another kernel.
+    numbers = torch.full((), scale, device=tiles.query.device), (
+        torch.full((), softcap, device=tiles.query.device) if softcap else None
+    )
+    # A combination of features, dtypes and (rounded) sizes is a kernel of its own: more than the usual limits.
     limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
     with contextlib.nullcontext() if torch.compiler.is_compiling() else torch._dynamo.config.patch(limits):
-        result = attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            mask,
-            bias,
-            end,
-            # As tensors: FlexAttention takes no number that the compiler has made variable.
-            torch.full((), scale, device=query.device),
-            torch.full((), softcap, device=query.device) if softcap else None,
-            is_causal,
-            return_lse,
-        )
-    return (result[0].transpose(1, 2), result[1]) if return_lse else result.transpose(1, 2)
+        result: tuple[Tensor, Tensor | None] = _compiled()(tiles, blocks, *numbers, needs_lse)
+    return result
 
 
 @functools.cache
-def _compiled(device: str) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+def _compiled() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-    def attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None,
-        bias: Tensor | None,
-        end: Tensor | None,
-        scale: Tensor,
-        softcap: Tensor | None,
-        is_causal: bool,
-        return_lse: bool,
-    ) -> Any:
-        heads, query_len, key_len = query.size(1), query.size(2), key.size(2)
+    def attention(tiles: Tiles, blocks: Blocks, scale: Tensor, softcap: Tensor | None, needs_lse: bool) -> Any:
+        query, key, value, start, end, mask, bias = tiles
+        heads = query.size(1)
 
-        def at(tensor: Tensor, b: Tensor, h: Tensor, *rest: Tensor) -> Tensor:
-            """tensor[b, h, *rest], where dimensions of size 1 broadcast, and KV heads stand for their query heads."""
-            index = (b, h // (heads // tensor.size(1)), *rest)
+        def at(tensor: Tensor, t: Tensor, h: Tensor, *rest: Tensor) -> Tensor:
+            """tensor[t, h, *rest], where dimensions of size 1 broadcast, and KV heads stand for their query heads."""
+            index = (t, h // (heads // tensor.size(1)), *rest)
             return tensor[tuple(i if size > 1 else i * 0 for i, size in zip(index, tensor.shape, strict=True))]
 
-        def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            position = q + (key_len - query_len)
-            visible = k <= position if is_causal else k >= 0
-            if mask is not None:
-                visible = visible & at(mask, b, h, q, k)
-            if end is not None:
-                visible = visible & (position < at(end, b, h, k))
-            return visible
+        def is_visible(t: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            visible = (at(start, t, h, k) <= q) & (q < at(end, t, h, k))
+            return visible if mask is None else visible & at(mask, t, h, q, k)
 
-        def score_mod(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        def score_mod(score: Tensor, t: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             score = score * scale
             if softcap is not None:
                 score = softcap * torch.tanh(score / softcap)
             if bias is not None:
-                score = score + at(bias, b, h, q, k)
+                score = score + at(bias, t, h, q, k)
             return score
 
-        masks = [tensor for tensor in (mask, end) if tensor is not None]
-        block_mask = None
-        if masks or is_causal:
-            batch = query.size(0) if any(tensor.size(0) > 1 for tensor in masks) else None
-            mask_heads = heads if any(tensor.size(1) > 1 for tensor in masks) else None
-            block_mask = create_block_mask(is_visible, batch, mask_heads, query_len, key_len, device=query.device)
+        sizes = query.size(2), key.size(2)
+        block_mask = BlockMask(sizes, *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=is_visible)
         result: Any = flex_attention(
             query,
             key,
@@ -167,9 +171,9 @@ def _compiled(device: str) -> Callable[..., Any]:
             block_mask=block_mask,
             scale=1.0,
             enable_gqa=True,
-            return_aux=AuxRequest(lse=True) if return_lse else None,
+            return_aux=AuxRequest(lse=True) if needs_lse else None,
         )
-        return (result[0], result[1].lse) if return_lse else result
+        return (result[0], result[1].lse) if needs_lse else (result, None)
 
-    # For some variable shapes FlexAttention's CPU kernels are not valid C++.
-    return torch.compile(attention, fullgraph=True, dynamic=False if device == "cpu" else None)
+    # Its CPU kernels are not valid C++ for variable sizes.
+    return torch.compile(attention, fullgraph=True, dynamic=False)
