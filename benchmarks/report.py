@@ -86,6 +86,36 @@ def cuda_families_figures(recorded: dict) -> str:
     return "\n".join(lines)
 
 
+def feature_figures(recorded: dict[str, dict]) -> str:
+    """The table of features: `recorded` by type of device, what test_backends.py found on a machine with one."""
+    by_column = {}  # (backend, device) -> row -> outcome
+    for device, found in recorded.items():
+        for row, outcomes in found["rows"].items():
+            for column, outcome in outcomes.items():
+                if column.endswith(f" {device}"):
+                    by_column.setdefault(column, {})[row] = outcome
+    order = [f"{backend} {device}" for device in ("cuda", "cpu") for backend in ("cuda", "triton", "flex", "cpu")]
+    columns = sorted(by_column, key=order.index)
+    rows = list(dict.fromkeys(row for found in recorded.values() for row in found["rows"]))
+    marks = {"passed": "✓", "skipped": "no", "failed": "✗"}
+    machines = [
+        f"{device} tensors {'on ' + machine['gpu'] + ' ' if device == 'cuda' else ''}under PyTorch {machine['torch']}, "
+        f"{machine['date']}, commit {machine['commit'][:10]}"
+        for device, machine in ((device, found["machine"]) for device, found in recorded.items())
+    ]
+    lines = [
+        f"What the tests of `tests/python/test_backends.py` found: {'; '.join(machines)}.",
+        "",
+        "| | " + " | ".join("`{}`, {} tensors".format(*column.split(" ")) for column in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row} | " + " | ".join(marks[by_column[c][row]] if row in by_column[c] else "" for c in columns) + " |"
+        )
+    return "\n".join(lines)
+
+
 def quantity(value: float, unit: str) -> str:
     return milliseconds(value) if unit == "ms" else f"{value:.3g} {unit}"
 

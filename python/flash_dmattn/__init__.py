@@ -1,15 +1,13 @@
 """Attention where each query attends to the best-scored keys that it may see."""
 
 from .api import (
-    FLEX_AVAILABLE,
-    TRITON_AVAILABLE,
     flash_dmattn_func,
     flash_dmattn_func_auto,
     flex_dmattn_func,
     get_available_backends,
     triton_dmattn_func,
 )
-from .backends import BACKENDS
+from .backends import missing as _missing
 from .dynamic_mask import DynamicMask
 
 __all__ = [
@@ -25,11 +23,13 @@ __all__ = [
 ]
 
 CUDA_AVAILABLE: bool
+TRITON_AVAILABLE: bool
+FLEX_AVAILABLE: bool
 
 
 def __getattr__(name: str) -> str | bool:
-    if name == "CUDA_AVAILABLE":  # found out when first asked for
-        return BACKENDS["cuda"].MISSING is None
+    if name in ("CUDA_AVAILABLE", "TRITON_AVAILABLE", "FLEX_AVAILABLE"):  # found out when first asked for
+        return _missing(name.removesuffix("_AVAILABLE").lower()) is None
     if name == "__version__":
         from importlib.metadata import version
 

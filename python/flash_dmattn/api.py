@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import backends, checks
 from .backends import BACKENDS
 from .dynamic_mask import DynamicMask
 from .problem import autocast_dtype, make_problem
 
-TRITON_AVAILABLE = BACKENDS["triton"].MISSING is None
-FLEX_AVAILABLE = BACKENDS["flex"].MISSING is None
-
 
 def get_available_backends() -> list[str]:
-    """The backends that can run here, best first, of "cuda", "triton", "flex" and "cpu"."""
-    return [name for name, backend in BACKENDS.items() if backend.MISSING is None]
+    """The backends that can run here, best first, of "cuda", "triton", "flex" and "cpu".
+
+    Each is tried once in a process, on a tiny problem; where it compiles kernels, that can take seconds.
+    """
+    return [name for name in BACKENDS if backends.missing(name) is None]
 
 
 def flash_dmattn_func_auto(backend: str | None = None) -> Callable[..., Any]:
@@ -32,11 +32,13 @@ def flash_dmattn_func_auto(backend: str | None = None) -> Callable[..., Any]:
 
     Raises:
         ValueError: for a name that is no backend's.
-        ImportError: for a backend that is missing, saying what is missing and what can be used instead.
+        ImportError: for a backend that is missing.
+        Both list what is available, and why the others are not.
     """
     if backend is not None:
         if backend not in BACKENDS:
-            raise ValueError(f"backend is {backend!r}; it takes {', '.join(map(repr, BACKENDS))} or None")
+            names = ", ".join(map(repr, BACKENDS))
+            raise ValueError(f"backend is {backend!r}; it takes {names} or None. Backends:\n{backends.describe()}")
         _available(backend)
     return functools.partial(_attention, backend)
 
@@ -134,9 +136,9 @@ def flex_dmattn_func(
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """`flash_dmattn_func` by PyTorch's FlexAttention.
 
-    It compiles a kernel for each combination of features (on the CPU also of shapes) on first use. Everything is
-    applied: mask, DynamicMask, bias, causality, softcap, grouped heads. float16, bfloat16 and float32 only. On the CPU,
-    where FlexAttention has neither a backward nor an lse, these are the C++ engine's.
+    It compiles a kernel for each combination of features and of sizes, rounded up to powers of two, on first use.
+    Everything is applied: mask, DynamicMask, bias, causality, softcap, grouped heads. float16, bfloat16 and float32
+    only. On the CPU, where FlexAttention has neither a backward nor an lse, these are the C++ engine's.
     """
     return _attention(
         "flex", query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, return_attn_probs,
@@ -144,19 +146,21 @@ def flex_dmattn_func(
     )  # fmt: skip
 
 
-def _available(backend: str) -> Any:
-    module = BACKENDS[backend]
-    if module.MISSING is not None:
-        raise ImportError(module.MISSING)
-    return module
+def _available(backend: str, device: str | None = None) -> Any:
+    missing = backends.missing(backend, device)
+    if missing is not None:
+        raise ImportError(f"{missing}. Backends:\n{backends.describe()}")
+    return backends.load(backend)
 
 
 def _best_backend(query: Tensor) -> str:
-    if query.device.type == "cpu":
+    device = query.device.type
+    if device == "cpu":
         return "cpu"
-    available = [name for name in ("cuda", "triton", "flex") if BACKENDS[name].MISSING is None]
     dtype = autocast_dtype(query, "cuda") if query.is_cuda else query.dtype
-    return next((name for name in available if dtype in BACKENDS[name].DTYPES), (*available, "cuda")[0])
+    others = BACKENDS[:-1]
+    takes = (name for name in others if backends.load(name).MISSING is None and dtype in backends.load(name).DTYPES)
+    return next((name for name in (*takes, *others) if backends.missing(name, device) is None), "cuda")
 
 
 def _attention(
@@ -180,7 +184,7 @@ def _attention(
         checks.check_flag("return_attn_probs", return_attn_probs)
         checks.check_tensors(query, key, value)
         backend = backend or _best_backend(query)
-        module = _available(backend)
+        module = _available(backend, "cuda" if query.is_cuda else "cpu")
         checks.check_backend("query", query, backend, module.DEVICES)
         problem = make_problem(
             query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, keep_window_size

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flash_dmattn
-from flash_dmattn import cuda_kernels, flash_dmattn_func_auto
-from flash_dmattn.backends import BACKENDS
+from flash_dmattn import backends, cuda_kernels, flash_dmattn_func_auto, get_available_backends
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def info(options: argparse.Namespace) -> int:
     print(f"flash_dmattn {flash_dmattn.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print("backends, best first:")
-    for name, backend in BACKENDS.items():
-        print(f"  {name:7} {backend.MISSING or 'available'}")
+    get_available_backends()  # tries them
+    print(backends.describe())
     print("devices:")
     print(f"  cpu     {torch.get_num_threads()} threads")
     for index in range(torch.cuda.device_count()):

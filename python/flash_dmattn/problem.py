@@ -30,6 +30,11 @@ class Problem(NamedTuple):
     is_causal: bool
     deterministic: bool  # the same bits on every run
 
+    def detach(self) -> Problem:
+        """The same tensors, without gradients."""
+        arguments: Any = (x.detach() if isinstance(x, Tensor) else x for x in self)
+        return Problem(*arguments)
+
 
 def make_problem(
     query: Tensor,

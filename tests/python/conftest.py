@@ -1,4 +1,8 @@
+import datetime
+import json
 import os
+import subprocess
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch loads; machines that test are shared
 
@@ -21,7 +25,17 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write which rows of the README's table of features passed",
+    )
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "row(name): belongs to a row of the README's table of features")
     config.addinivalue_line("markers", "cpu: says something about the CPU only, in a module that runs on every device")
     config.addinivalue_line("markers", "large: takes many gigabytes of a GPU's memory")
 
@@ -47,3 +61,36 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if not makes_sense(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if makes_sense(item)]
+
+
+OUTCOMES = ("passed", "skipped", "failed")  # the last of those of a row's tests counts
+rows = {}
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" or report.failed:
+        for name, place in report.user_properties:
+            if name == "feature":
+                row, backend, device = place
+                outcomes = rows.setdefault(row, {})
+                column = f"{backend} {device}"
+                outcomes[column] = max(outcomes.get(column, "passed"), report.outcome, key=OUTCOMES.index)
+
+
+def pytest_sessionfinish(session):
+    file = session.config.getoption("record")
+    if file is None or hasattr(session.config, "workerinput"):
+        return
+    commit = (
+        os.environ.get("FLASH_DMATTN_COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip()
+    )
+    machine = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+    file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, ensure_ascii=False) + "\n")

@@ -56,10 +56,10 @@ def _attention(problem: Problem, *, needs_lse: bool) -> tuple[Tensor, Tensor | N
     checks.check_dtype("query", problem.query, DTYPES)
     query, key, value, _, bias, *_ = problem
     if query.numel() == 0 or key.numel() == 0:
-        # Zeros, which depend on the inputs all the same.
-        out = query * 0 + key.sum() * 0 + value.sum() * 0
-        lse_size = query.size(0), query.size(2), query.size(1)
-        return out, torch.full(lse_size, -math.inf, device=query.device)
+        # Constants, with gradients all the same.
+        zero = sum(x[..., :0].sum() for x in (query, key, value, bias) if x is not None)
+        lse = query.new_full((query.size(0), query.size(2), query.size(1)), -math.inf, dtype=torch.float32)
+        return torch.zeros_like(query) + zero, lse + zero
     if query.is_cuda:
         return _flex_attention(problem, needs_lse=needs_lse)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias))
@@ -72,12 +72,11 @@ class _CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        *arguments, needs_lse = arguments
-        problem = Problem(*(x.detach() if isinstance(x, Tensor) else x for x in arguments))
+        problem, needs_lse = Problem(*arguments[:-1]).detach(), arguments[-1]
         out, _ = _flex_attention(problem, needs_lse=False)
         lse = operators.forward(*problem)[1] if needs_lse else None
         ctx.save_for_backward(*arguments[:7], out, lse)
-        ctx.options = arguments[7:]
+        ctx.options = arguments[7:-1]
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -112,22 +111,19 @@ def _flex_attention(problem: Problem, *, needs_lse: bool) -> tuple[Tensor, Tenso
 
 
 def _probabilities(problem: Problem, lse: Tensor) -> Tensor:
-    problem = problem._replace(survivors=None)  # All keys, in order.
-    tiles, cut = make_tiles(Problem(*(x.detach() if isinstance(x, Tensor) else x for x in problem)))
-    size = tiles.query.shape[:3]
-    padded = lse.new_full(size, -math.inf)
+    tiles, cut = make_tiles(problem._replace(survivors=None).detach())  # all keys, in their order
+    padded = lse.new_full(tiles.query.shape[:3], -math.inf)
     padded[: cut.batch, :, : cut.query_len] = lse.detach()
     probs = plain.probabilities(tiles, padded, problem.scale, problem.softcap)
     return probs[: cut.batch, :, : cut.query_len, : problem.key.size(1)].contiguous()
 
 
-def _run(
-    tiles: Tiles, blocks: Blocks, scale: float, softcap: float, needs_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _run(tiles: Tiles, blocks: Blocks, scale: float, softcap: float, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
     """out (T, H, Q, D), and lse (T, H, Q) if it is needed, by the compiled kernels."""
     # As tensors: another number is not another kernel.
-    numbers = torch.full((), scale, device=tiles.query.device), (
-        torch.full((), softcap, device=tiles.query.device) if softcap else None
+    numbers = (
+        torch.full((), scale, device=tiles.query.device),
+        (torch.full((), softcap, device=tiles.query.device) if softcap else None),
     )
     # A combination of features, dtypes and (rounded) sizes is a kernel of its own: more than the usual limits.
     limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}

@@ -77,7 +77,7 @@ def round_up(size: int, least: int = 1) -> int:
 def _whole(problem: Problem) -> tuple[Tiles, Cut]:
     """A tile for each batch entry, with all keys."""
     query, key, value, mask, bias, *_ = problem
-    batch, query_len, heads, head_dim = query.shape
+    batch, query_len, heads, _ = query.shape
     key_len = key.size(1)
     sizes = round_up(batch), round_up(query_len, BLOCK), round_up(key_len, BLOCK)
 
@@ -100,7 +100,7 @@ def _whole(problem: Problem) -> tuple[Tiles, Cut]:
         heads_first(key, sizes[2]),
         heads_first(value, sizes[2]),
         *_hide(start, end),
-        pairs(mask) if _is_per_pair(mask) else None,
+        pairs(mask) if mask is not None and mask.size(2) > 1 else None,
         bias,
     )
     return tiles, Cut(batch, 1, 0, query_len)
@@ -111,7 +111,7 @@ def _can_gather(problem: Problem) -> bool:
     key_len, query_len, survivors = problem.key.size(1), problem.query.size(1), problem.survivors
     if problem.end is None or survivors is None or survivors.numel() == 0 or not problem.is_causal:
         return False
-    if query_len > key_len or _is_per_pair(problem.mask) or (problem.bias is not None and problem.bias.size(2) > 1):
+    if query_len > key_len or any(x is not None and x.size(2) > 1 for x in (problem.mask, problem.bias)):
         return False
     # Survivors that a window of all keys left do not tell the length of their chunks.
     chunk, length = _chunk(survivors), _tile_len(survivors)
@@ -154,15 +154,25 @@ def _gathered(problem: Problem) -> tuple[Tiles, Cut]:
         bias = _per_key(bias, problem).squeeze(2)  # (B, H, key_len)
         head = torch.arange(heads, device=device)
         rows_of_bias = (entry * heads + head[:, None]) * key_len + _heads_at(keys, 2, heads)
-        bias = F.embedding(rows_of_bias, bias.reshape(-1, 1)).flatten(0, 1).unsqueeze(2).squeeze(4)
-    padded = F.pad(query, (0, _head_dim(query) - query.size(3), 0, 0, first, tiles * length - first - query_len))
-    start, end = (
-        _heads_at(x, 2, heads).expand(batch, -1, heads, -1).flatten(0, 1).contiguous() for x in (start, end)
-    )
-    tiled = padded.unflatten(1, (tiles, length)).flatten(0, 1).transpose(1, 2)
-    parts = Tiles(tiled, gather(key), gather(value), start, end, None, bias)
-    entries = round_up(batch) * tiles
-    return Tiles(*(None if x is None else _pad(x, entries, *x.shape[1:]) for x in parts)), cut
+        bias = F.embedding(rows_of_bias, bias.reshape(-1, 1)).flatten(0, 1).squeeze(3).unsqueeze(2)
+    if first:
+        query = F.pad(query, (0, 0, 0, 0, first, 0))
+    query = _pad(query, batch, tiles * length, heads, _head_dim(query))
+    start, end = (_heads_at(x, 2, heads).expand(batch, -1, heads, -1).flatten(0, 1).contiguous() for x in (start, end))
+    tiled = query.unflatten(1, (tiles, length)).flatten(0, 1).transpose(1, 2)
+
+    def entries(tensor: Tensor) -> Tensor:
+        return _pad(tensor, round_up(batch) * tiles, *tensor.shape[1:])
+
+    return Tiles(
+        query=entries(tiled),
+        key=entries(gather(key)),
+        value=entries(gather(value)),
+        start=entries(start),
+        end=entries(end),
+        mask=None,
+        bias=None if bias is None else entries(bias),
+    ), cut
 
 
 def _key_lists(problem: Problem, first_tile: int, tiles: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,10 +258,6 @@ def _hide(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Intervals of which the empty ones hold nothing of a block open."""
     is_seen = (end > start) & (end > 0)
     return torch.where(is_seen, start, NEVER), torch.where(is_seen, end, 0)
-
-
-def _is_per_pair(mask: Tensor | None) -> bool:
-    return mask is not None and mask.size(2) > 1
 
 
 def _per_key(bias: Tensor, problem: Problem) -> Tensor:

@@ -1,0 +1,56 @@
+"""A try of a backend: attention so small that its answer is a few lines of float64."""
+
+from __future__ import annotations
+
+import threading
+from types import ModuleType
+
+import torch
+
+from ..problem import Problem
+
+
+def failure(backend: ModuleType, device: str) -> str | None:
+    """What went wrong, or None."""
+    # One GPU that works is enough.
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if device == "cuda" else [device]
+    failures: list[str | None] = []
+
+    def try_until_one_works() -> None:
+        for each in devices:
+            failures.append(_failure(backend, each))
+            if failures[-1] is None:
+                return
+
+    # In a thread of its own: no mode in which the caller may be reaches it.
+    thread = threading.Thread(target=try_until_one_works)
+    thread.start()
+    thread.join()
+    return None if None in failures else failures[0]
+
+
+def _failure(backend: ModuleType, device: str) -> str | None:
+    dtype = backend.DTYPES[0]
+    query = torch.linspace(-1, 1, 2 * 2 * 16).view(1, 2, 2, 16).to(dtype)
+    key = torch.linspace(1, -0.5, 3 * 16).view(1, 3, 1, 16).to(dtype)
+    value = torch.linspace(-1, 0.5, 3 * 16).view(1, 3, 1, 16).to(dtype)
+    bias = torch.tensor([0.5, -0.25, 1.0])
+
+    scores = torch.einsum("qhd,kd->hqk", query[0].double(), key[0, :, 0].double()) / 4 + bias.double()
+    scores[:, 0, 2] = -torch.inf  # causal: the first of two queries does not see the last of three keys
+    expected = torch.einsum("hqk,kd->qhd", scores.softmax(-1), value[0, :, 0].double())
+
+    try:
+        problem = Problem(
+            query.to(device), key.to(device), value.to(device), None, bias.view(1, 1, 1, 3).to(device), None, None,
+            scale=0.25, softcap=0.0, is_causal=True, deterministic=False,
+        )  # fmt: skip
+        out = backend.attention(problem)[0].cpu().double()
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        return f"tried on {device}, it raised {type(error).__name__}: {first_line}"
+    difference = float((out - expected).abs().max())
+    # Values are at most 1: some roundings of theirs, and of the probabilities.
+    if not difference <= 4 * torch.finfo(dtype).eps:
+        return f"tried on {device}, its result differs from float64's by {difference:.2g}"
+    return None
