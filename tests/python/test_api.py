@@ -1,6 +1,7 @@
 """The public names, and what they do on a machine without a GPU."""
 
 import inspect
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,7 @@ import torch
 
 import flash_dmattn
 import reference
-from flash_dmattn import DynamicMask, flash_dmattn_func, flash_dmattn_func_auto
-from flash_dmattn.backends import BACKENDS
+from flash_dmattn import DynamicMask, backends, flash_dmattn_func, flash_dmattn_func_auto
 
 OPTIONS = (
     *("attn_mask", "attn_bias", "scale", "is_causal", "softcap", "deterministic", "return_attn_probs"),
@@ -40,20 +40,32 @@ def test_signatures():
     assert set(inspect.signature(flash_dmattn_func_auto()).parameters) == {"query", "key", "value", *OPTIONS}
 
 
-def test_import_is_light():
+def modules_after(program):
     loaded = subprocess.run(
-        [sys.executable, "-c", "import sys, torch; old = set(sys.modules); import flash_dmattn; print(*sys.modules)"],
+        [sys.executable, "-c", f"import sys, torch; {program}; print(*sys.modules)"],
         check=True,
         capture_output=True,
         text=True,
-    ).stdout.split()
-    plain = subprocess.run(
-        [sys.executable, "-c", "import sys, torch; print(*sys.modules)"], check=True, capture_output=True, text=True
-    ).stdout.split()
-    assert "flash_dmattn.api" in loaded
-    heavy = {"triton", "transformers", "numpy", "torch._dynamo", "torch._inductor", "torch.nn.attention.flex_attention"}
-    assert not (set(loaded) - set(plain)) & heavy
-    assert not any(name.startswith("flash_dmattn.integrations") for name in loaded)
+    )
+    return set(loaded.stdout.split())
+
+
+def test_import_is_light():
+    new = modules_after("import flash_dmattn") - modules_after("pass")
+    assert "flash_dmattn.api" in new
+    names = {name for name in new if not name.startswith("flash_dmattn")}
+    # Nothing but small modules of Python's own, and of this package neither a backend nor an integration.
+    assert not {name for name in names if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert not {name for name in new if name.startswith(("flash_dmattn.backends.", "flash_dmattn.integrations"))}
+
+
+def test_backends_are_loaded_when_asked_for():
+    attend = "import flash_dmattn; flash_dmattn.flash_dmattn_func(*torch.randn(3, 1, 2, 2, 8))"
+    new = modules_after(attend) - modules_after("pass")
+    loaded = {name for name in new if name.startswith("flash_dmattn.backends.")}
+    assert loaded == {"flash_dmattn.backends.cpu", "flash_dmattn.backends.self_check"}
+    assert not {name for name in new if name.partition(".")[0] in ("triton", "sympy")}
+    assert not {name for name in new if name.startswith(("torch._dynamo", "torch._inductor"))}
 
 
 def test_available_backends_are_listed_best_first():
@@ -78,13 +90,48 @@ def test_a_missing_backend_says_what_is_missing_and_what_to_use(name, inputs):
 
 
 def test_flex_without_a_compiler_is_missing(monkeypatch, inputs):
+    flex = backends.load("flex")
     monkeypatch.setenv("CXX", "no-such-compiler")
     if not torch.cuda.is_available():
-        assert "no C++ compiler no-such-compiler" in BACKENDS["flex"]._find_missing()
-    monkeypatch.setattr(BACKENDS["flex"], "MISSING", "the flex backend is missing: a reason")
+        assert "no C++ compiler no-such-compiler" in flex._find_missing()
+    monkeypatch.setattr(flex, "MISSING", "the flex backend is missing: a reason")
     with pytest.raises(ImportError, match="a reason"):
         flash_dmattn.flex_dmattn_func(*inputs)
     assert "flex" not in flash_dmattn.get_available_backends()
+    assert not flash_dmattn.FLEX_AVAILABLE
+
+
+def raises(problem):
+    raise RuntimeError("no kernel image\nand more")
+
+
+@pytest.mark.parametrize("attention, reason", (
+    (raises, r"tried on cpu, it raised RuntimeError: no kernel image$"),
+    (lambda problem: problem.value[:, :2].expand(-1, -1, 2, -1), r"tried on cpu, its result differs from float64's by"),
+    (lambda problem: torch.full_like(problem.query, float("nan")), r"its result differs from float64's by nan"),
+))  # fmt: skip
+def test_a_backend_that_does_not_work_is_missing(attention, reason, monkeypatch, inputs):
+    """It is tried once, when it is first asked for."""
+    cpu = backends.load("cpu")
+    calls = []
+    monkeypatch.setattr(backends, "_tried", {})
+    monkeypatch.setattr(cpu, "attention", lambda problem: calls.append(1) or attention(problem))
+    assert len(calls) == 0
+    assert "cpu" not in flash_dmattn.get_available_backends()
+    for ask in (lambda: flash_dmattn_func(*inputs), lambda: flash_dmattn_func_auto(backend="cpu")):
+        with pytest.raises(ImportError, match="the cpu backend is missing: tried on cpu"):
+            ask()
+    assert len(calls) == 1
+    assert re.search(reason, backends.missing("cpu"))
+
+
+def test_modes_of_the_caller_do_not_reach_the_try(monkeypatch):
+    monkeypatch.setattr(backends, "_tried", {})
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert backends.missing("cpu") is None
+    monkeypatch.setattr(backends, "_tried", {})
+    with torch._subclasses.FakeTensorMode():
+        assert backends.missing("cpu") is None
 
 
 @pytest.mark.parametrize("backend", (None, "cpu"))
@@ -95,8 +142,15 @@ def test_auto_takes_cpu_tensors_to_the_engine(backend, inputs):
 
 
 def test_auto_refuses_other_names():
-    with pytest.raises(ValueError, match="backend is 'cudnn'; it takes 'cuda', 'triton', 'flex', 'cpu' or None"):
+    with pytest.raises(
+        ValueError, match="backend is 'cudnn'; it takes 'cuda', 'triton', 'flex', 'cpu' or None"
+    ) as error:
         flash_dmattn_func_auto(backend="cudnn")
+    lines = str(error.value).splitlines()
+    assert lines == ["backend is 'cudnn'; it takes 'cuda', 'triton', 'flex', 'cpu' or None. Backends:", *lines[1:]]
+    assert re.fullmatch(r"  cpu +available", lines[4])
+    for name, line in zip(backends.BACKENDS, lines[1:], strict=True):
+        assert re.fullmatch(rf"  {name} +(available|missing: .+)", line)
 
 
 def test_positional_options_are_in_the_documented_order(inputs):

@@ -229,14 +229,17 @@ def test_probabilities(column):
 
 
 @pytest.mark.row("`deterministic`: the same bits forward and backward, gradient of the bias included")
-@pytest.mark.parametrize("kind", ("per_key", "dense", "softcap"))
+@pytest.mark.parametrize("kind", ("per_key", "dense", "softcap", "dynamic"))
 def test_deterministic(column, kind):
     on_gpu = column[1] == "cuda"
-    query_len, key_len = (900, 1000) if on_gpu else (Q, K)
+    query_len, key_len = (1100, 2100) if on_gpu else (Q, K)
     tensors = inputs(dtype_of(column), query_len, key_len)
     bias = torch.randn(1, HK, query_len if kind == "dense" else 1, key_len)
     visible = reference.causal_mask(query_len, key_len)[None, None]
     options = {"is_causal": True, "deterministic": True, "softcap": 2.0 if kind == "softcap" else None}
+    if kind == "dynamic":
+        options["keep_window_size"] = 40
+        visible = reference.dynamic_mask(bias[:, :, 0], 40, query_len)
     check(column, tensors, bias, visible, **options)
     leaves = [x.requires_grad_() for x in (*tensors, bias)]
     results = []

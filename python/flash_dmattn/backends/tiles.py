@@ -114,17 +114,14 @@ def _can_gather(problem: Problem) -> bool:
     if query_len > key_len or any(x is not None and x.size(2) > 1 for x in (problem.mask, problem.bias)):
         return False
     # Survivors that a window of all keys left do not tell the length of their chunks.
-    chunk, length = _chunk(survivors), _tile_len(survivors)
+    chunk, length = _sizes_of(survivors)
     return survivors.size(2) == -(-key_len // chunk) and length <= LONGEST_TILE and 4 * length <= key_len
 
 
-def _chunk(survivors: Tensor) -> int:
-    return int(operators.survivor_chunk(survivors.size(3)))
-
-
-def _tile_len(survivors: Tensor) -> int:
-    """Of a run of positions: as long as the window, and whole chunks."""
-    return round_up(max(survivors.size(3), _chunk(survivors)), SHORTEST_TILE)
+def _sizes_of(survivors: Tensor) -> tuple[int, int]:
+    """How long its chunks are, and a tile: as long as the window, and whole chunks."""
+    chunk = int(operators.survivor_chunk(survivors.size(3)))
+    return chunk, round_up(max(survivors.size(3), chunk), SHORTEST_TILE)
 
 
 def _gathered(problem: Problem) -> tuple[Tiles, Cut]:
@@ -133,12 +130,13 @@ def _gathered(problem: Problem) -> tuple[Tiles, Cut]:
     assert survivors is not None
     batch, query_len, heads, _ = query.shape
     key_len, kv_heads = key.shape[1:3]
-    length, device = _tile_len(survivors), query.device
+    device, (chunk, length) = query.device, _sizes_of(survivors)
     first_tile, first = divmod(key_len - query_len, length)
     tiles = round_up(-(-(first + query_len) // length))
     cut = Cut(batch, tiles, first, query_len)
 
-    keys, start, end = _key_lists(problem, first_tile, tiles, length)
+    survivors = survivors[:, :, first_tile * (length // chunk) :: length // chunk]
+    keys, start, end = _key_lists(problem, survivors, first_tile, tiles, length)
     # Rows of key and value, (batch, tiles, heads, keys), with as many heads as have lists of their own.
     gathered_heads = kv_heads if keys.size(2) in (1, kv_heads) else heads
     head = torch.arange(gathered_heads, device=device) // (gathered_heads // kv_heads)
@@ -175,18 +173,16 @@ def _gathered(problem: Problem) -> tuple[Tiles, Cut]:
     ), cut
 
 
-def _key_lists(problem: Problem, first_tile: int, tiles: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def _key_lists(
+    problem: Problem, survivors: Tensor, first_tile: int, tiles: int, length: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """keys, start, end (B | 1, tiles, heads, 2 length): the position of each tile's keys, and the rows that see them.
 
     First come the keys that all rows of the tile see, then those that are beaten in it, the last to be so first, then
     the tile's own in their order, and last what no row sees.
     """
-    survivors, key_len = problem.survivors, problem.key.size(1)
-    assert survivors is not None
-    ends = _intervals(problem, first_position=0)[1]
-    chunks = length // _chunk(survivors)
-    survivors = _heads_at(survivors, 1, ends.size(1))[:, :, first_tile * chunks :: chunks].transpose(1, 2)
-    survivors = survivors.expand(ends.size(0), -1, -1, -1)
+    key_len, ends = problem.key.size(1), _intervals(problem, first_position=0)[1]
+    survivors = _heads_at(survivors, 1, ends.size(1)).transpose(1, 2).expand(ends.size(0), -1, -1, -1)
     survivors = F.pad(survivors, (0, length - survivors.size(3), 0, 0, 0, tiles - survivors.size(1)), value=-1)
     tile_start = length * torch.arange(first_tile, first_tile + tiles, device=ends.device)[:, None, None]
     own = (tile_start + torch.arange(length, device=ends.device)).expand(*survivors.shape[:3], length)
@@ -198,8 +194,8 @@ def _key_lists(problem: Problem, first_tile: int, tiles: int, length: int) -> tu
 
     end = ends.unsqueeze(1).expand(-1, tiles, -1, -1).gather(3, keys) - tile_start
     start = (keys - tile_start).clamp(min=0)
-    is_seen = exists & (end > start)
-    start, end = torch.where(is_seen, start, length), torch.where(is_seen, end.clamp(max=length), 0)
+    is_hidden = ~exists | (end <= start)
+    start, end = start.masked_fill(is_hidden, length), end.clamp(max=length).masked_fill(is_hidden, 0)
     order, places = (start * (length + 1) + (length - end)).int().sort(3)
     start, end = order // (length + 1), length - order % (length + 1)
     return keys.gather(3, places), *_hide(start, end)
@@ -256,8 +252,8 @@ def _intervals(problem: Problem, first_position: int) -> tuple[Tensor, Tensor]:
 
 def _hide(start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Intervals of which the empty ones hold nothing of a block open."""
-    is_seen = (end > start) & (end > 0)
-    return torch.where(is_seen, start, NEVER), torch.where(is_seen, end, 0)
+    is_hidden = (end <= start) | (end <= 0)
+    return start.masked_fill(is_hidden, NEVER), end.masked_fill(is_hidden, 0)
 
 
 def _per_key(bias: Tensor, problem: Problem) -> Tensor:
