@@ -494,10 +494,10 @@ def report(row: dict) -> None:
     print(line, flush=True)
 
 
-def run(name: str) -> Rows:
+def run(name: str, case: Callable[[], Rows]) -> Rows:
     """The case's rows, the last of them its failure if it fails."""
     try:
-        for row in CASES[name]():
+        for row in case():
             report(row)
             yield row
     except Exception as error:
@@ -525,10 +525,10 @@ def machine() -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(cases: dict[str, Callable[[], Rows]], description: str | None) -> int:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="where to write the results as JSON")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument("--cases", nargs="+", choices=cases, default=list(cases), help="default: all")
     options = parser.parse_args()
     described = machine()
     print(", ".join(f"{name} {value}" for name, value in described.items()))
@@ -536,7 +536,7 @@ def main() -> int:
     torch.set_default_device("cuda")
     for name in options.cases:
         start = time.perf_counter()
-        rows.extend(run(name))
+        rows.extend(run(name, cases[name]))
         print(f"  ({name}: {time.perf_counter() - start:.0f} s)", flush=True)
         if options.out:  # after each case: nothing is lost
             options.out.write_text(json.dumps({"machine": described, "results": rows}, indent=1) + "\n")
@@ -544,4 +544,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(CASES, __doc__))

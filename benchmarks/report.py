@@ -1,4 +1,4 @@
-"""Writes the recorded figures into the README, between its markers: python benchmarks/report.py [--check]"""
+"""Writes what was recorded into the README, between its markers: python benchmarks/report.py [--check]"""
 
 from __future__ import annotations
 
@@ -34,16 +34,27 @@ def cpu_figures(recorded: dict) -> str:
 
 
 def cuda_figures(recorded: dict) -> str:
-    machine, rows = recorded["machine"], [row for row in recorded["results"] if "failed" not in row]
-    lines = [
+    machine = recorded["machine"]
+    described = (
         f"{machine['gpu']}, driver {machine['driver']}, PyTorch {machine['torch']}, CUDA {machine['cuda']}, "
         f"{machine['date']}, commit {machine['commit'][:10]}; {machine['shape']}. SDPA is dense and causal, without a "
-        "bias; FlexAttention has the same mask and bias. TFLOP/s count visible pairs only.",
-        "",
-        "| case | this library | TFLOP/s | others |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
+        "bias; FlexAttention has the same mask and bias. TFLOP/s count visible pairs only."
+    )
+    return "\n".join((described, "", *figures_and_peers(recorded, "this library")))
+
+
+def flex_figures(recorded: dict) -> str:
+    machine = recorded["machine"]
+    described = (
+        f"{machine['gpu']}, PyTorch {machine['torch']}, {machine['date']}, commit {machine['commit'][:10]}; "
+        f"{machine['shape']}. SDPA is dense and causal, without a bias. TFLOP/s count visible pairs only."
+    )
+    return "\n".join((described, "", *figures_and_peers(recorded, "`flex`")))
+
+
+def figures_and_peers(recorded: dict, measured: str) -> list[str]:
+    lines = [f"| case | {measured} | TFLOP/s | others |", "|---|---|---|---|"]
+    for row in (row for row in recorded["results"] if "failed" not in row):
         figure = milliseconds(row["ms"]) if "ms" in row else quantity(row["value"], row["unit"])
         tflops = f"{row['tflops']:.0f}" if "tflops" in row else ""
         peers = [
@@ -51,7 +62,7 @@ def cuda_figures(recorded: dict) -> str:
             for name, time in row.get("peers", {}).items()
         ]
         lines.append(f"| {row['case']} | {figure} | {tflops} | {', '.join(peers)} |")
-    return "\n".join(lines)
+    return lines
 
 
 def cuda_families_figures(recorded: dict) -> str:
@@ -86,38 +97,36 @@ def cuda_families_figures(recorded: dict) -> str:
     return "\n".join(lines)
 
 
-def feature_figures(recorded: dict[str, dict]) -> str:
-    """The table of features: `recorded` by type of device, what test_backends.py found on a machine with one."""
-    by_column = {}  # (backend, device) -> row -> outcome
+def feature_table(recorded: dict[str, dict]) -> str:
+    """`recorded`: by type of device, what tests/python/test_backends.py found on a machine that has one."""
+    outcomes: dict[str, dict[str, str]] = {}  # by column ("flex cpu") and row
     for device, found in recorded.items():
-        for row, outcomes in found["rows"].items():
-            for column, outcome in outcomes.items():
+        for row, by_column in found["rows"].items():
+            for column, outcome in by_column.items():
                 if column.endswith(f" {device}"):
-                    by_column.setdefault(column, {})[row] = outcome
+                    outcomes.setdefault(column, {})[row] = outcome
     order = [f"{backend} {device}" for device in ("cuda", "cpu") for backend in ("cuda", "triton", "flex", "cpu")]
-    columns = sorted(by_column, key=order.index)
-    rows = list(dict.fromkeys(row for found in recorded.values() for row in found["rows"]))
-    marks = {"passed": "✓", "skipped": "no", "failed": "✗"}
-    machines = [
-        f"{device} tensors {'on ' + machine['gpu'] + ' ' if device == 'cuda' else ''}under PyTorch {machine['torch']}, "
-        f"{machine['date']}, commit {machine['commit'][:10]}"
+    columns = sorted(outcomes, key=order.index)
+    where = "; ".join(
+        f"{device.upper()} tensors {'on an ' + machine['gpu'] + ' ' if device == 'cuda' else ''}"
+        f"under PyTorch {machine['torch']}, {machine['date']}, commit {machine['commit'][:10]}"
         for device, machine in ((device, found["machine"]) for device, found in recorded.items())
-    ]
+    )
+    names = (f"`{backend}`, {device.upper()} tensors" for backend, device in (column.split() for column in columns))
     lines = [
-        f"What the tests of `tests/python/test_backends.py` found: {'; '.join(machines)}.",
+        f"What the tests in `tests/python/test_backends.py` found. {where}.",
         "",
-        "| | " + " | ".join("`{}`, {} tensors".format(*column.split(" ")) for column in columns) + " |",
+        f"| | {' | '.join(names)} |",
         "|---" * (1 + len(columns)) + "|",
     ]
-    for row in rows:
-        lines.append(
-            f"| {row} | " + " | ".join(marks[by_column[c][row]] if row in by_column[c] else "" for c in columns) + " |"
-        )
+    marks = {"passed": "✓", "skipped": "no", "failed": "✗", None: ""}
+    for row in dict.fromkeys(row for found in recorded.values() for row in found["rows"]):
+        lines.append(f"| {row} | {' | '.join(marks[outcomes[column].get(row)] for column in columns)} |")
     return "\n".join(lines)
 
 
 def quantity(value: float, unit: str) -> str:
-    return milliseconds(value) if unit == "ms" else f"{value:.3g} {unit}"
+    return milliseconds(value) if unit == "ms" else f"{value:.3g} {unit}".strip()
 
 
 def milliseconds(value: float) -> str:
@@ -126,29 +135,47 @@ def milliseconds(value: float) -> str:
     return f"{1e3 * value:.0f} µs" if value < 0.1 else f"{value:.3g} ms"
 
 
-FIGURES = {"cpu": cpu_figures, "cuda": cuda_figures, "cuda_families": cuda_families_figures}
+FIGURES = {
+    "cpu": cpu_figures,
+    "cuda": cuda_figures,
+    "cuda_families": cuda_families_figures,
+    "flex": flex_figures,
+}
 
 
 def with_figures(text: str, name: str) -> str:
     """The README with the figures of benchmarks/results/{name}.json, if there are any, between their markers."""
-    recorded = ROOT / f"benchmarks/results/{name}.json"
-    if not recorded.exists():
-        return text
-    begin, end = f"<!-- {name}-figures -->", f"<!-- /{name}-figures -->"
+    recorded = results(name)
+    return text if recorded is None else between_markers(text, f"{name}-figures", FIGURES[name](recorded))
+
+
+def with_features(text: str) -> str:
+    recorded = {device: found for device in ("cuda", "cpu") if (found := results(f"features_{device}"))}
+    return between_markers(text, "features", feature_table(recorded))
+
+
+def results(name: str) -> dict | None:
+    file = ROOT / f"benchmarks/results/{name}.json"
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def between_markers(text: str, name: str, part: str) -> str:
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, rest = text.split(begin)
     _, after = rest.split(end)
-    return f"{before}{begin}\n{FIGURES[name](json.loads(recorded.read_text()))}\n{end}{after}"
+    return f"{before}{begin}\n{part}\n{end}{after}"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only say whether the README has the recorded figures")
+    parser.add_argument("--check", action="store_true", help="only say whether the README has what was recorded")
     options = parser.parse_args()
     new = text = README.read_text()
     for name in FIGURES:
         new = with_figures(new, name)
+    new = with_features(new)
     if options.check and new != text:
-        print(f"{README.name} does not have the recorded figures; run: python benchmarks/report.py", file=sys.stderr)
+        print(f"{README.name} does not have what was recorded; run: python benchmarks/report.py", file=sys.stderr)
         return 1
     README.write_text(new)
     return 0

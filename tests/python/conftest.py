@@ -72,9 +72,10 @@ def pytest_runtest_logreport(report):
         for name, place in report.user_properties:
             if name == "feature":
                 row, backend, device = place
-                outcomes = rows.setdefault(row, {})
+                line, outcomes = rows.get(row, (report.location[1], {}))
                 column = f"{backend} {device}"
                 outcomes[column] = max(outcomes.get(column, "passed"), report.outcome, key=OUTCOMES.index)
+                rows[row] = min(line, report.location[1]), outcomes
 
 
 def pytest_sessionfinish(session):
@@ -93,4 +94,6 @@ def pytest_sessionfinish(session):
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-    file.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1, ensure_ascii=False) + "\n")
+    # In the order of the module, whichever test was first.
+    table = {row: outcomes for row, (_, outcomes) in sorted(rows.items(), key=lambda item: (item[1][0], item[0]))}
+    file.write_text(json.dumps({"machine": machine, "rows": table}, indent=1, ensure_ascii=False) + "\n")

@@ -138,7 +138,7 @@ def test_expanded(column):
         assert torch.cuda.max_memory_allocated() - before < length * length / 8
 
 
-@pytest.mark.row("A bias of -inf masks its key")
+@pytest.mark.row("A bias of −∞ masks its key")
 def test_infinite_bias(column):
     bias = torch.randn(1, HK, 1, K).masked_fill(torch.rand(1, HK, 1, K) < 0.3, -math.inf)
     check(column, inputs(dtype_of(column)), bias)
@@ -150,6 +150,7 @@ def test_grouped_heads(column, heads, kv_heads):
     check(column, inputs(dtype_of(column), heads=heads, kv_heads=kv_heads))
 
 
+@pytest.mark.row("Backward: gradients of query, key and value")
 @pytest.mark.row("Causal, aligned to the bottom right, Q ≠ K")
 @pytest.mark.parametrize("query_len, key_len", ((1, 70), (70, 100), (100, 100), (100, 33), (2, 1)))
 def test_causal(column, query_len, key_len):
