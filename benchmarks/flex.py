@@ -85,7 +85,7 @@ def dynamic(length: int = 32768) -> Rows:
         )
         tiles, cut = make_tiles(problem)
         blocks = make_blocks(tiles, cut, backward=False)
-        run = without_gradients(lambda t=tiles, b=blocks, p=problem: flex._run(t, b, p.scale, p.softcap, False))
+        run = without_gradients(lambda t=tiles, b=blocks, p=problem: flex._run(t, b, p.scale, p.softcap))
         yield result(f"{name}, FlexAttention's kernel, {way}", median_ms(run), pairs=pairs)
 
     dense = {name: Sdpa(backend, query, key, value) for name, backend in SDPA.items()}

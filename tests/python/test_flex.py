@@ -145,7 +145,7 @@ def test_no_pairs_are_looked_at(kind):
     assert sum(name not in views for name in operations.names) < 90
 
 
-def definition(tiles, blocks, scale, softcap, needs_lse):
+def definition(tiles, blocks, scale, softcap):
     """In place of the kernels: attention over the listed blocks, from the definition, differentiable."""
     partial, full = listed(*blocks[:2]), listed(*blocks[2:4])
     partial, full = (x.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3) for x in (partial, full))
@@ -173,7 +173,7 @@ def test_gradients(kind, bias_kind, deterministic, monkeypatch):
         bias = torch.randn([n or query_len for n in size[:4]], dtype=torch.float64).requires_grad_()
     problem = problem_of(query_len, key_len, mask, bias, dtype=torch.float64, softcap=3.0, deterministic=deterministic)
     assert (make_tiles(problem)[0].key.size(2) < key_len) == (kind == "gathered" and bias_kind != "full")
-    out, lse = flex._flex_attention(problem, needs_lse=True)
+    out, lse = flex._flex_attention(problem)
     visible = mask if kind == "dense" else mask.to_dense()
     expected = reference.attention(*problem[:3], bias, visible, problem.scale, problem.softcap)
     leaves = [x for x in (*problem[:3], bias) if x is not None]

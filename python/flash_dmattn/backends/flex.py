@@ -61,7 +61,7 @@ def _attention(problem: Problem, *, needs_lse: bool) -> tuple[Tensor, Tensor | N
         lse = query.new_full((query.size(0), query.size(2), query.size(1)), -math.inf, dtype=torch.float32)
         return torch.zeros_like(query) + zero, lse + zero
     if query.is_cuda:
-        return _flex_attention(problem, needs_lse=needs_lse)
+        return _flex_attention(problem)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias))
     return _CPUAttention.apply(*problem, needs_lse or needs_grad)
 
@@ -73,7 +73,7 @@ class _CPUAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         problem, needs_lse = Problem(*arguments[:-1]).detach(), arguments[-1]
-        out, _ = _flex_attention(problem, needs_lse=False)
+        out, _ = _flex_attention(problem)
         lse = operators.forward(*problem)[1] if needs_lse else None
         ctx.save_for_backward(*arguments[:7], out, lse)
         ctx.options = arguments[7:-1]
@@ -92,20 +92,19 @@ class _CPUAttention(torch.autograd.Function):
         return *grads, None, grad_bias if needs_bias_grad else None, *[None] * 7
 
 
-def _flex_attention(problem: Problem, *, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """out (B, Q, H, D), and lse (B, H, Q) if it is needed."""
+def _flex_attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """out (B, Q, H, D), and on GPUs lse (B, H, Q)."""
     tiles, cut = make_tiles(problem)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tiles)
     blocks = make_blocks(tiles, cut, backward=needs_grad)
     bias, scale, softcap = tiles.bias, problem.scale, problem.softcap
-    # What FlexAttention captures gets its gradient by atomic additions.
-    adds_bias_grad = problem.deterministic and needs_grad and bias is not None and bias.requires_grad
-    if adds_bias_grad:
-        assert bias is not None
+    if problem.deterministic and needs_grad and bias is not None and bias.requires_grad:
+        # What FlexAttention captures gets its gradient by atomic additions.
         tiles = tiles._replace(bias=bias.detach())
-    out, lse = _run(tiles, blocks, scale, softcap, needs_lse or adds_bias_grad)
-    if adds_bias_grad:
+        out, lse = _run(tiles, blocks, scale, softcap)
         out, lse = plain.DeterministicBiasGradient.apply(out, lse, bias, tiles, scale, softcap)
+    else:
+        out, lse = _run(tiles, blocks, scale, softcap)
     out = rows_of(out, cut)[..., : problem.query.size(3)]
     return out, None if lse is None else rows_of(lse, cut).transpose(1, 2)
 
@@ -118,8 +117,8 @@ def _probabilities(problem: Problem, lse: Tensor) -> Tensor:
     return probs[: cut.batch, :, : cut.query_len, : problem.key.size(1)].contiguous()
 
 
-def _run(tiles: Tiles, blocks: Blocks, scale: float, softcap: float, needs_lse: bool) -> tuple[Tensor, Tensor | None]:
-    """out (T, H, Q, D), and lse (T, H, Q) if it is needed, by the compiled kernels."""
+def _run(tiles: Tiles, blocks: Blocks, scale: float, softcap: float) -> tuple[Tensor, Tensor | None]:
+    """out (T, H, Q, D), and on GPUs lse (T, H, Q), by the compiled kernels."""
     # As tensors: another number is not another kernel.
     numbers = (
         torch.full((), scale, device=tiles.query.device),
@@ -128,7 +127,7 @@ def _run(tiles: Tiles, blocks: Blocks, scale: float, softcap: float, needs_lse: 
     # A combination of features, dtypes and (rounded) sizes is a kernel of its own: more than the usual limits.
     limits = {"recompile_limit": 2**20, "accumulated_recompile_limit": 2**20}
     with contextlib.nullcontext() if torch.compiler.is_compiling() else torch._dynamo.config.patch(limits):
-        result: tuple[Tensor, Tensor | None] = _compiled()(tiles, blocks, *numbers, needs_lse)
+        result: tuple[Tensor, Tensor | None] = _compiled()(tiles, blocks, *numbers)
     return result
 
 
@@ -136,7 +135,7 @@ def _run(tiles: Tiles, blocks: Blocks, scale: float, softcap: float, needs_lse: 
 def _compiled() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-    def attention(tiles: Tiles, blocks: Blocks, scale: Tensor, softcap: Tensor | None, needs_lse: bool) -> Any:
+    def attention(tiles: Tiles, blocks: Blocks, scale: Tensor, softcap: Tensor | None) -> Any:
         query, key, value, start, end, mask, bias = tiles
         heads = query.size(1)
 
@@ -167,9 +166,9 @@ def _compiled() -> Callable[..., Any]:
             block_mask=block_mask,
             scale=1.0,
             enable_gqa=True,
-            return_aux=AuxRequest(lse=True) if needs_lse else None,
+            return_aux=AuxRequest(lse=True) if query.is_cuda else None,
         )
-        return (result[0], result[1].lse) if needs_lse else (result, None)
+        return (result[0], result[1].lse) if query.is_cuda else (result, None)
 
     # Its CPU kernels are not valid C++ for variable sizes.
     return torch.compile(attention, fullgraph=True, dynamic=False)
