@@ -158,7 +158,7 @@ def _compiled() -> Callable[..., Any]:
 
         # Tiles of a mask or bias with a value per pair are staged in shared memory, too, which three stages overflow.
         has_pairs = any(pairs is not None and pairs.size(2) > 1 and pairs.size(3) > 1 for pairs in (mask, bias))
-        stages = 2 if query.size(3) <= 128 else 1
+        options: Any = {"num_stages": 2 if query.size(3) <= 128 else 1} if has_pairs and query.is_cuda else None
         sizes = query.size(2), key.size(2)
         block_mask = BlockMask(sizes, *blocks, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=is_visible)
         result: Any = flex_attention(
@@ -169,7 +169,7 @@ def _compiled() -> Callable[..., Any]:
             block_mask=block_mask,
             scale=1.0,
             enable_gqa=True,
-            kernel_options={"num_stages": stages} if has_pairs and query.is_cuda else None,
+            kernel_options=options,
             return_aux=AuxRequest(lse=True) if query.is_cuda else None,
         )
         return (result[0], result[1].lse) if query.is_cuda else (result, None)
