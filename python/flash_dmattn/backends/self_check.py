@@ -36,9 +36,9 @@ def _failure(backend: ModuleType, device: str) -> str | None:
     value = torch.linspace(-1, 0.5, 3 * 16).view(1, 3, 1, 16).to(dtype)
     bias = torch.tensor([0.5, -0.25, 1.0])
 
-    scores = torch.einsum("qhd,kd->hqk", query[0].double(), key[0, :, 0].double()) / 4 + bias.double()
-    scores[:, 0, 2] = -torch.inf  # causal: the first of two queries does not see the last of three keys
-    expected = torch.einsum("hqk,kd->qhd", scores.softmax(-1), value[0, :, 0].double())
+    scores = query[0].double() @ key[0, :, 0].double().T / 4 + bias.double()  # (queries, heads, keys)
+    scores[0, :, 2] = -torch.inf  # causal: the first of two queries does not see the last of three keys
+    expected = scores.softmax(-1) @ value[0, :, 0].double()
 
     try:
         problem = Problem(
