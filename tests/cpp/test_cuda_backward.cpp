@@ -191,6 +191,21 @@ TEST(cuda_backward_with_a_full_bias) {
     }
 }
 
+// A value for each pair of each head, in 16 bits: nothing is summed, and the gradient is written as it is.
+TEST(cuda_backward_with_a_full_bias_of_each_head) {
+  Random random(15);
+  for (const Family family : {Family::generic, Family::hopper})
+    for (const bool deterministic : {false, true}) {
+      const InFamily in_family(family);
+      const bool is_hopper = family == Family::hopper;
+      Inputs in = make_inputs(random, {2, 140, 150, 4, 2, is_hopper ? 96 : 72}, DType::float16, true);
+      in.bias = normal(random, DType::float16, {2, 4, 140, 150});
+      in.mask = Tensor<4>(DType::boolean, {1, 2, 140, 150}).fill([&] { return random.chance(0.3); });
+      if (!is_hopper && !deterministic) in.softcap = 3;
+      check_backward(in, random, is_hopper ? 90 : deterministic ? 80 : 86, deterministic);
+    }
+}
+
 TEST(cuda_backward_of_wide_heads) {
   Random random(5);
   Inputs in = make_inputs(random, {1, 130, 140, 4, 2, 256}, DType::bfloat16, true);

@@ -48,9 +48,11 @@ struct Bias {
   }
 };
 
-/// The gradient of a bias, summed over its broadcast dimensions: float32, zeros at first.
+/// The gradient of a bias, zeros at first: its sums over broadcast dimensions, or where nothing is summed its numbers,
+/// in the query's dtype. Null both: not asked for.
 struct BiasGradient {
-  float* data;  // null: not asked for
+  float* sums;
+  u16* numbers;
   i64 batch, head, query, key;
   int heads_per_head;
 

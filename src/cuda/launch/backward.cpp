@@ -150,7 +150,7 @@ class Pass {
       const View<4>& gradient = *bias_.gradient;
       if (bias_.kind == BiasKind::per_key)
         bias = static_cast<i64>(shape_.batch) * shape_.units() * shape_.key_len;
-      else if (gradient.dtype != DType::float32 || !is_contiguous(gradient))
+      else if (!is_contiguous(gradient) || (gradient.dtype != DType::float32 && bias_.is_shared))
         bias = product(gradient.size);
     }
     sum_count_ = round_up_wide(query + 2 * key + bias, 4);
@@ -159,8 +159,10 @@ class Pass {
     grad_value_ = grad_key_ + key;
     bias_sums_ = grad_value_ + key;
     if (bias_.gradient && bias_.kind == BiasKind::full && bias == 0) {
-      bias_sums_ = static_cast<float*>(bias_.gradient->data);
-      stream_.zero(bias_sums_, static_cast<std::size_t>(product(bias_.gradient->size)) * sizeof(float));
+      const View<4>& gradient = *bias_.gradient;
+      bias_sums_ = gradient.dtype == DType::float32 ? static_cast<float*>(gradient.data) : nullptr;
+      bias_numbers_ = bias_sums_ ? nullptr : static_cast<u16*>(gradient.data);
+      stream_.zero(gradient.data, static_cast<std::size_t>(product(gradient.size)) * size_of(gradient.dtype));
     }
   }
 
@@ -210,7 +212,8 @@ class Pass {
     if (bias_.gradient && bias_.kind == BiasKind::per_key) params.grad_key_bias = bias_sums_;
     if (bias_.gradient && bias_.kind == BiasKind::full) {
       const auto& size = bias_.gradient->size;
-      params.grad_bias = {.data = bias_sums_,
+      params.grad_bias = {.sums = bias_sums_,
+                          .numbers = bias_numbers_,
                           .batch = size[0] > 1 ? size[1] * size[2] * size[3] : 0,
                           .head = size[1] > 1 ? size[2] * size[3] : 0,
                           .query = size[2] > 1 ? size[3] : 0,
@@ -309,7 +312,7 @@ class Pass {
                                            .is_float32 = is_float32});
       return;
     }
-    if (bias_sums_ == out.data) return;
+    if (bias_numbers_ || bias_sums_ == out.data) return;
     BiasGradientParams params{};
     params.sums = bias_sums_;
     for (int i = 0; i < 4; ++i) {
@@ -345,8 +348,9 @@ class Pass {
   const BackwardBlocks blocks_;
   Shape shape_;
   int tile_positions_, run_;
-  int tiles_;      ///< of rows, of a unit: those of whole runs
-  i64 row_tiles_;  ///< of all units
+  int tiles_;                    ///< of rows, of a unit: those of whole runs
+  i64 row_tiles_;                ///< of all units
+  u16* bias_numbers_ = nullptr;  ///< in place of sums
   Rows grad_key_out_{}, grad_value_out_{};
   bool key_tiles_have_one_block_ = false;  ///< which then has all of their dK and dV
   i64 sum_count_;

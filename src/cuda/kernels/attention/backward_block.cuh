@@ -366,12 +366,17 @@ struct BackwardBlock {
       }
     }
     if constexpr (kOptions.bias == BiasKind::full) {
-      if (params.grad_bias.data) {
+      if (params.grad_bias.sums || params.grad_bias.numbers) {
         const BiasOffsets offsets = offsets_of(params.grad_bias);
         const i64 of_key[2] = {numbers.position[key_of(0)] * params.grad_bias.key,
                                numbers.position[key_of(1)] * params.grad_bias.key};
         each_score(row_tile, [&](int n, int i, int row, int half) {
-          if (p[n][i] != 0) add_to(params.grad_bias.data + offsets.of_row(row_at(row)) + of_key[half], ds[n][i]);
+          if (p[n][i] == 0) return;
+          const i64 offset = offsets.of_row(row_at(row)) + of_key[half];
+          if (params.grad_bias.sums)
+            add_to(params.grad_bias.sums + offset, ds[n][i]);
+          else
+            params.grad_bias.numbers[offset] = from_float<T>(ds[n][i]).bits;
         });
       }
     }
