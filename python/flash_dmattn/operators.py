@@ -5,6 +5,7 @@ Their arguments are those of include/flash_dmattn/attention.h and dynamic_mask.h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,14 +41,14 @@ def __getattr__(name: str) -> str:
 
 
 @torch.library.register_fake("flash_dmattn::forward")
-def _(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def fake_forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     batch, query_len, heads, _ = query.shape
     lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(query.shape), query.new_empty((batch, heads, query_len), dtype=lse_dtype)
 
 
 @torch.library.register_fake("flash_dmattn::backward")
-def _(
+def fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, _, bias, *_, needs_bias_grad = arguments
@@ -56,7 +57,7 @@ def _(
 
 
 @torch.library.register_fake("flash_dmattn::probabilities")
-def _(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
+def fake_probabilities(query: Tensor, key: Tensor, *arguments: Any) -> Tensor:
     batch, query_len, heads, _ = query.shape
     return query.new_empty((batch, heads, query_len, key.size(1)))
 
@@ -84,53 +85,54 @@ def _(score: Tensor, *arguments: Any) -> Tensor:
 # torch.library.register_autograd would call Functions like these from within the dispatcher, and turn every argument
 # from Python to C++ and back once more: several times the host time of the operator itself.
 
-_forward = torch.ops.flash_dmattn.forward.default
-_backward = torch.ops.flash_dmattn.backward.default
+
+def with_gradients(forward_operator: Callable[..., Any], backward_operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator forward, or one with the same arguments, with gradients by the operator backward that belongs to it.
+
+    The gradients themselves cannot be differentiated.
+    """
+
+    class Forward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+            *tensors, options = arguments
+            out, lse = forward_operator(*tensors, *options)
+            ctx.save_for_backward(*tensors, out, lse)
+            ctx.options = options
+            ctx.set_materialize_grads(False)
+            return out, lse
+
+        @staticmethod
+        def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+            query, key, value, *masks, out, lse = ctx.saved_tensors  # mask, bias, end, survivors
+            if grad_out is None:
+                grad_out = torch.zeros_like(out)
+            needs_bias_grad = ctx.needs_input_grad[4]
+            arguments = (grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad)
+            *grads, grad_bias = (Backward.apply if torch.is_grad_enabled() else backward_operator)(*arguments)
+            return *grads, None, grad_bias if needs_bias_grad else None, None, None, None
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return backward_operator(*arguments)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+            raise NotImplementedError(
+                "flash_dmattn has no double backward: gradients of attention cannot be differentiated"
+            )
+
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            query, key, value, _, bias = arguments[:5]
+            bias_requires_grad = bias is not None and bias.requires_grad
+            if query.requires_grad or key.requires_grad or value.requires_grad or bias_requires_grad:
+                return Forward.apply(*arguments[:7], arguments[7:])
+        return forward_operator(*arguments)
+
+    return forward
 
 
-def forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The operator forward, with gradients."""
-    if torch.is_grad_enabled():
-        query, key, value, _, bias = arguments[:5]
-        if query.requires_grad or key.requires_grad or value.requires_grad or (bias is not None and bias.requires_grad):
-            return _Forward.apply(*arguments[:7], arguments[7:])
-    return _forward(*arguments)
-
-
-def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The operator backward, whose gradients cannot be differentiated."""
-    return (_Backward.apply if torch.is_grad_enabled() else _backward)(*arguments)
-
-
-class _Forward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, options = arguments
-        out, lse = _forward(*tensors, *options)
-        ctx.save_for_backward(*tensors, out, lse)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, *masks, out, lse = ctx.saved_tensors  # mask, bias, end, survivors
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        needs_bias_grad = ctx.needs_input_grad[4]
-        grad_query, grad_key, grad_value, grad_bias = backward(
-            grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
-        )
-        return grad_query, grad_key, grad_value, None, grad_bias if needs_bias_grad else None, None, None, None
-
-
-class _Backward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _backward(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
-        raise NotImplementedError(
-            "flash_dmattn has no double backward: gradients of attention cannot be differentiated"
-        )
+backward = torch.ops.flash_dmattn.backward.default
+forward = with_gradients(torch.ops.flash_dmattn.forward.default, backward)

@@ -1,0 +1,257 @@
+"""The forward pass: a program has a tile of rows and goes over their keys. With few rows several share the keys."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...problem import Problem
+from . import plan
+from .tiles import (
+    KEY_BIAS, LN_2, PAIR_BIAS, count_keys, is_visible, load_rows, logits, product, store_rows, to_base_2,
+)  # fmt: skip
+from .tuning import INTERPRETED, length_bucket, tuned
+
+KEYS_PER_SPLIT = 128  # at least
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out (B, Q, H, D) and lse (B, H, Q) float32."""
+    layout = plan.make_layout(problem)
+    batch, query_len, key_len, heads = layout[:4]
+    out = problem.query.new_empty(problem.query.shape)
+    lse = out.new_empty((batch, heads, query_len), dtype=torch.float32)
+    if out.numel() == 0 or key_len == 0:
+        return out.zero_(), lse.fill_(-torch.inf)
+
+    block_m = tile_rows(problem, layout)
+    mask = plan.make_mask(problem, layout)
+    lists = plan.make_lists(mask, problem, layout, block_m)
+    tiles = triton.cdiv(layout.rows, block_m)
+    splits = _splits(batch * layout.units * tiles, key_len if lists is None else lists.capacity, out.device)
+    partial_out, partial_lse = out, lse
+    if splits > 1:
+        partial_out = out.new_empty((splits, *out.shape), dtype=torch.float32)
+        partial_lse = lse.new_empty((splits, *lse.shape))
+    hidden_strides = plan.broadcast_strides(mask.hidden)
+    _forward[(tiles * batch * layout.units * splits,)](
+        **plan.kernel_arguments(problem, layout, mask, lists),
+        hidden=out if mask.hidden is None else mask.hidden.view(torch.uint8),
+        hidden_b=hidden_strides[0],
+        hidden_h=hidden_strides[1],
+        hidden_q=hidden_strides[2],
+        hidden_heads=1 if mask.hidden is None else mask.hidden.size(1),
+        out=partial_out,
+        lse=partial_lse,
+        tiles=tiles,
+        batch=batch,
+        splits=splits,
+        bucket=length_bucket(query_len, key_len if lists is None else lists.capacity),
+        BLOCK_M=block_m,
+        WORDS=0 if mask.bits is None else plan.words_of(block_m, layout.group),
+        HIDDEN=mask.hidden is not None,
+        SPLIT=splits > 1,
+    )
+    if splits > 1:
+        rows = batch * query_len * heads
+        _combine[(rows,)](
+            partial_out, partial_lse, out, lse, rows, query_len, heads, splits, layout.head_dim,
+            BLOCK_D=triton.next_power_of_2(layout.head_dim), BLOCK_S=triton.next_power_of_2(splits),
+        )  # fmt: skip
+    return out, lse
+
+
+def tile_rows(problem: Problem, layout: plan.Layout) -> int:
+    """Rows of a tile: what registers hold of the results, and no more than there are."""
+    most = 128 if problem.query.element_size() == 2 and layout.head_dim <= 128 else 64
+    return max(16, min(most, triton.next_power_of_2(layout.rows)))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return 8  # interpreted
+    properties = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", 0) or getattr(properties, "max_compute_units", 64)
+
+
+def _splits(programs: int, keys: int, device: torch.device) -> int:
+    """How many programs share the keys of a tile: enough for all multiprocessors, where there are keys enough."""
+    wanted = 2 * multiprocessors(device) // programs
+    return max(1, min(wanted, triton.cdiv(keys, KEYS_PER_SPLIT), 128))
+
+
+def _prune(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
+    """float32 and large head dims have room for the smaller tiles only."""
+    everything = {**arguments, **more}
+    room = 128 * 128 * 2 // (everything["query"].element_size() * everything["BLOCK_D"])
+    fitting = [c for c in configs if c.kwargs["BLOCK_N"] <= max(room, 32)]
+    return fitting if everything["BLOCK_M"] >= 64 else [c for c in fitting if c.num_warps == 4]
+
+
+@tuned(
+    [
+        ({"BLOCK_N": 64}, 8, 3),
+        ({"BLOCK_N": 64}, 4, 3),
+        ({"BLOCK_N": 128}, 8, 2),
+        ({"BLOCK_N": 32}, 4, 4),
+        ({"BLOCK_N": 64}, 8, 2),
+    ],
+    key=[
+        "bucket", "HEAD_DIM", "BLOCK_M", "GROUP", "CAUSAL", "HAS_END", "WORDS", "LISTED", "BIAS", "SOFTCAP", "SPLIT",
+    ],
+    prune=_prune,
+)  # fmt: skip
+@triton.jit(
+    do_not_specialize=[
+        "heads", "kv_heads", "units", "bias_heads", "mask_heads", "mask_b", "hidden_heads", "query_len", "key_len",
+        "runs", "factor", "softcap", "tiles", "batch", "splits", "bucket", "keys_row",
+    ]
+)  # fmt: skip
+def _forward(
+    query, key, value, bias, end, bits, keys, counts, hidden, out, lse,
+    query_b, query_q, query_h, key_b, key_k, key_h, value_b, value_k, value_h, bias_b, bias_h, bias_q, bias_k,
+    hidden_b, hidden_h, hidden_q, heads, kv_heads, units, bias_heads, mask_heads, mask_b, hidden_heads,
+    query_len, key_len, runs, keys_row, keys_run, factor, softcap, tiles, batch, splits, bucket,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr,
+    LISTED: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr, SPLIT: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(0) % splits
+    tile = tiles - 1 - tl.program_id(0) // splits % tiles  # the last tiles, which see the most keys, first
+    unit = tl.program_id(0) // splits // tiles % units
+    b = (tl.program_id(0) // splits // tiles // units).to(tl.int64)
+    mask_row = b * mask_b + unit * mask_heads // units
+    kv_head = unit * kv_heads // units
+
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_row = row // GROUP
+    head = unit * GROUP + row % GROUP
+    exist = q_row < query_len
+    first_query = tile * BLOCK_M // GROUP
+    last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // GROUP, query_len - 1)
+    rows = q_row.to(tl.int64) * query_q + head * query_h
+    queries = load_rows(query + b * query_b, rows, exist, HEAD_DIM, BLOCK_D, True)
+
+    full, total = count_keys(
+        counts + mask_row * runs * 2, tile, first_query, last_query, query_len, key_len, CAUSAL, LISTED
+    )
+    steps = tl.cdiv(total, BLOCK_N)
+    first_step = steps * split // splits
+    last_step = steps * (split + 1) // splits
+    # The tiles before this step need no test.
+    tested = tl.minimum(tl.maximum(full // BLOCK_N, first_step), last_step)
+    key += b * key_b + kv_head * key_h
+    value += b * value_b + kv_head * value_h
+    keys += mask_row * keys_row + tile.to(tl.int64) * keys_run
+    bits += mask_row * tl.cdiv(query_len, 32) * key_len
+    end += mask_row * key_len
+    bias += b * bias_b
+    if BIAS == KEY_BIAS:
+        bias += (unit * bias_heads // units) * bias_h
+    bias_rows = q_row.to(tl.int64) * bias_q + (head * bias_heads // heads) * bias_h
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    base = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    acc, weight, base = _attend(
+        acc, weight, base, queries, key, value, bias, end, bits, keys, first_step * BLOCK_N, tested * BLOCK_N, total,
+        q_row, bias_rows, first_query // 32, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
+        HEAD_DIM, BLOCK_D, CAUSAL, HAS_END, LISTED, BIAS, SOFTCAP, WORDS, BLOCK_N, False,
+    )  # fmt: skip
+    acc, weight, base = _attend(
+        acc, weight, base, queries, key, value, bias, end, bits, keys, tested * BLOCK_N, last_step * BLOCK_N, total,
+        q_row, bias_rows, first_query // 32, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
+        HEAD_DIM, BLOCK_D, CAUSAL, HAS_END, LISTED, BIAS, SOFTCAP, WORDS, BLOCK_N, True,
+    )  # fmt: skip
+
+    if HIDDEN:
+        offsets = q_row.to(tl.int64) * hidden_q + (head * hidden_heads // heads) * hidden_h
+        seen = tl.load(hidden + b * hidden_b + offsets, mask=exist, other=0)
+        weight = tl.where(seen != 0, weight, 0.0)
+    nothing = weight == 0
+    acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, weight)[:, None])
+    row_lse = tl.where(nothing, float("-inf"), (base + tl.log2(tl.where(nothing, 1.0, weight))) * LN_2)
+    if SPLIT:
+        b += split.to(tl.int64) * batch
+    out_rows = (b * query_len + q_row) * heads + head
+    store_rows(out, out_rows * HEAD_DIM, exist, acc, HEAD_DIM, BLOCK_D)
+    tl.store(lse + (b * heads + head) * query_len + q_row, row_lse, mask=exist)
+
+
+@triton.jit
+def _attend(
+    acc, weight, base, queries, key, value, bias, end, bits, keys, first, last, total,
+    q_row, bias_rows, first_word, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr, LISTED: tl.constexpr,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, TESTED: tl.constexpr,
+):  # fmt: skip
+    """The entries first to last of the list: tiles of BLOCK_N keys."""
+    for start in range(first, last, BLOCK_N):
+        entry = start + tl.arange(0, BLOCK_N)
+        listed = entry < total
+        if LISTED:
+            if TESTED:
+                k = tl.load(keys + entry, mask=listed, other=0)
+            else:
+                k = tl.load(keys + entry)
+        else:
+            k = entry
+        k_row = k.to(tl.int64)
+        key_tile = load_rows(key, k_row * key_k, listed, HEAD_DIM, BLOCK_D, TESTED)
+        products = product(queries, tl.trans(key_tile), None)
+        s, _ = logits(products, factor, softcap, SOFTCAP)
+        if BIAS == KEY_BIAS:
+            if TESTED:
+                s += to_base_2(tl.load(bias + k_row * bias_k, mask=listed, other=0.0))[None, :]
+            else:
+                s += to_base_2(tl.load(bias + k_row * bias_k))[None, :]
+        if BIAS == PAIR_BIAS:
+            pairs = bias_rows[:, None] + (k_row * bias_k)[None, :]
+            s += to_base_2(tl.load(bias + pairs, mask=exist[:, None] & listed[None, :], other=0.0))
+        if TESTED:
+            visible = is_visible(
+                q_row[:, None], k[None, :], listed[None, :], first_word, bits, end, query_len, key_len,
+                CAUSAL, HAS_END, WORDS,
+            )  # fmt: skip
+            s = tl.where(visible, s, float("-inf"))
+        new_base = tl.maximum(base, tl.max(s, 1))
+        finite = tl.where(new_base == float("-inf"), 0.0, new_base)
+        p = tl.exp2(s - finite[:, None])
+        shrink = tl.exp2(base - finite)
+        weight = weight * shrink + tl.sum(p, 1)
+        acc = acc * shrink[:, None]
+        value_tile = load_rows(value, k_row * value_k, listed, HEAD_DIM, BLOCK_D, TESTED)
+        acc = product(p.to(value_tile.dtype), value_tile, acc)
+        base = new_base
+    return acc, weight, base
+
+
+@triton.jit(do_not_specialize=["rows", "query_len", "heads", "splits"])
+def _combine(
+    partial_out, partial_lse, out, lse, rows, query_len, heads, splits, head_dim,
+    BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """A program puts the parts of one row together, always in the same order."""
+    row = tl.program_id(0).to(tl.int64)  # (b, q, head)
+    head = row % heads
+    q = row // heads % query_len
+    b = row // heads // query_len
+    lse_row = (b * heads + head) * query_len + q
+    split = tl.arange(0, BLOCK_S)
+    dim = tl.arange(0, BLOCK_D)
+    part = tl.load(partial_lse + split.to(tl.int64) * rows + lse_row, mask=split < splits, other=float("-inf"))
+    base = tl.max(part, 0)
+    share = tl.exp(part - tl.where(base == float("-inf"), 0.0, base))
+    weight = tl.sum(share, 0)
+    nothing = weight == 0
+    rest = (split < splits)[:, None] & (dim < head_dim)[None, :]
+    offsets = (split.to(tl.int64) * rows + row)[:, None] * head_dim + dim[None, :]
+    acc = tl.sum(tl.load(partial_out + offsets, mask=rest, other=0.0) * share[:, None], 0)
+    acc = acc / tl.where(nothing, 1.0, weight)
+    tl.store(out + row * head_dim + dim, acc.to(out.dtype.element_ty), mask=dim < head_dim)
+    tl.store(lse + lse_row, tl.where(nothing, float("-inf"), base + tl.log(tl.where(nothing, 1.0, weight))))
