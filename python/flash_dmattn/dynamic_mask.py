@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import checks, operators
+from . import checks, operators, selection
 
 
-def _make(operator: Callable[..., Any], score: Tensor, visible: Tensor | None, *options: Any) -> Any:
-    """What the operator gives. Without kernels of its own, a GPU has its masks made by the CPU."""
-    if not (score.is_cuda and operators.CUDA_MISSING):
-        return operator(score, visible, *options)
-    made = operator(score.cpu(), None if visible is None else visible.cpu(), *options)
-    return made.to(score.device) if isinstance(made, Tensor) else tuple(x.to(score.device) for x in made)
+def _maker(score: Tensor) -> ModuleType:
+    """The engine; torch operations for GPUs that it has no kernels for."""
+    return operators if score.is_cpu or (score.is_cuda and not operators.CUDA_MISSING) else selection
 
 
 def select_keys(score: Tensor, visible: Tensor | None, keep_window_size: int, is_causal: bool) -> Tensor:
     """(batch, heads, query_len, key_len) bool: the best keys of every row of score, among the visible."""
-    selected: Tensor = _make(operators.select_keys, score, visible, keep_window_size, is_causal)
+    selected: Tensor = _maker(score).select_keys(score, visible, keep_window_size, is_causal)
     return selected
 
 
@@ -29,7 +25,7 @@ def make_dynamic_mask(
     score: Tensor, visible: Tensor | None, keep_window_size: int, query_len: int, is_causal: bool
 ) -> tuple[Tensor, Tensor]:
     """(end, survivors) of a `DynamicMask`, from score (batch, heads, key_len) and visible (batch | 1, key_len) bool."""
-    end, survivors = _make(operators.dynamic_mask, score, visible, keep_window_size, query_len, is_causal)
+    end, survivors = _maker(score).dynamic_mask(score, visible, keep_window_size, query_len, is_causal)
     return end, survivors
 
 
