@@ -33,7 +33,6 @@ def compiling_for(name):
     """
     kernels = []
     run = triton.runtime.JITFunction.run
-    driver = NoDevice(TARGETS[name])
 
     def compile_only(self, *args, grid, warmup=False, **options):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
@@ -48,15 +47,14 @@ def compiling_for(name):
     caches = [f.device_caches for f in _functions()]
     for cache in caches:
         cache.clear()
-    triton.runtime.driver.set_active(driver)
     try:
         with (
+            mock.patch.object(triton.runtime.driver, "_active", NoDevice(TARGETS[name])),
             mock.patch.object(triton.runtime.JITFunction, "run", compile_only),
             mock.patch.object(triton.runtime.autotuner.Autotuner, "run", compile_all),
         ):
             yield kernels
     finally:
-        triton.runtime.driver.reset_active()
         for cache in caches:
             cache.clear()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from . import pairs, plan
-from .forward import multiprocessors, tile_rows
+from .forward import prune_tiles_of_keys, multiprocessors, tile_rows
 from .tiles import (
     KEY_BIAS, PAIR_BIAS, count_keys, is_visible, load_rows, logits, product, store_rows, to_base_2,
 )  # fmt: skip
@@ -123,13 +123,6 @@ def _query_gradient(problem: Problem, layout: plan.Layout, mask: plan.Mask, shar
     return grad_query
 
 
-def _prune(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
-    """float32 and large head dims have room for the smaller tiles only."""
-    everything = {**arguments, **more}
-    room = 128 * 128 * 2 // (everything["query"].element_size() * everything["BLOCK_D"])
-    return [c for c in configs if all(block <= max(room, 32) for block in c.kwargs.values())]
-
-
 RUN_TIME = [
     "heads", "kv_heads", "units", "bias_heads", "mask_heads", "mask_b", "query_len", "key_len", "runs", "factor",
     "softcap", "scale", "tiles", "bucket", "keys_row", "run_rows", "capacity",
@@ -138,14 +131,14 @@ RUN_TIME = [
 
 @tuned(
     [
-        ({"BLOCK_N": 64}, 8, 2),
         ({"BLOCK_N": 64}, 8, 3),
-        ({"BLOCK_N": 32}, 4, 3),
+        ({"BLOCK_N": 64}, 8, 2),
+        ({"BLOCK_N": 32}, 8, 4),
         ({"BLOCK_N": 64}, 4, 2),
-        ({"BLOCK_N": 128}, 8, 1),
+        ({"BLOCK_N": 32}, 4, 3),
     ],
     key=["bucket", "HEAD_DIM", "BLOCK_M", "GROUP", "CAUSAL", "HAS_END", "WORDS", "LISTED", "BIAS", "SOFTCAP"],
-    prune=_prune,
+    prune=prune_tiles_of_keys,
 )
 @triton.jit(do_not_specialize=RUN_TIME)
 def _query_kernel(
@@ -214,16 +207,17 @@ def _over_keys(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr, LISTED: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, TESTED: tl.constexpr,
 ):  # fmt: skip
+    next_k = first + tl.arange(0, BLOCK_N)
+    if LISTED:
+        next_k = tl.load(keys + next_k, mask=next_k < total, other=0)
     for start in range(first, last, BLOCK_N):
         entry = start + tl.arange(0, BLOCK_N)
         listed = entry < total
+        k = entry
         if LISTED:
-            if TESTED:
-                k = tl.load(keys + entry, mask=listed, other=0)
-            else:
-                k = tl.load(keys + entry)
-        else:
-            k = entry
+            # Asked for an iteration ahead, so that rows wait for nothing.
+            k = next_k
+            next_k = tl.load(keys + entry + BLOCK_N, mask=entry + BLOCK_N < total, other=0)
         k_row = k.to(tl.int64)
         key_tile = load_rows(key, k_row * key_k, listed, HEAD_DIM, BLOCK_D, TESTED)
         value_tile = load_rows(value, k_row * value_k, listed, HEAD_DIM, BLOCK_D, TESTED)
@@ -294,6 +288,15 @@ def _key_gradients(
     return grad_key.to(key.dtype), grad_value.to(key.dtype), grad_bias
 
 
+def _prune_tiles(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
+    """Two tiles of keys and those of rows, twice, are in shared memory; two float32 sums of a tile in registers."""
+    everything = {**arguments, **more}
+    wide = everything["query"].element_size() * everything["BLOCK_D"]
+    if wide <= 256:
+        return [c for c in configs if c.kwargs["BLOCK_N"] >= 64]
+    return [c for c in configs if c.kwargs["BLOCK_N"] <= (64 if wide <= 512 else 32)]
+
+
 def _run_rows(layout: plan.Layout, mask: plan.Mask, multiprocessors: int) -> int:
     """Where all queries have one list, a run is all of them. But there should be enough programs in any case."""
     one_list = mask.survivors is None and mask.bits is None
@@ -306,10 +309,11 @@ def _run_rows(layout: plan.Layout, mask: plan.Mask, multiprocessors: int) -> int
 
 @tuned(
     [
-        ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
         ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 3),
+        ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
+        ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 4),
         ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
-        ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 3),
+        ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 3),
         ({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 2),
     ],
     key=[
@@ -317,7 +321,7 @@ def _run_rows(layout: plan.Layout, mask: plan.Mask, multiprocessors: int) -> int
         "ADDS", "IN_TURN",
     ],
     reset=["grad_key", "grad_value", "grad_bias", "turns"],
-    prune=_prune,
+    prune=_prune_tiles,
 )  # fmt: skip
 @triton.jit(do_not_specialize=RUN_TIME)
 def _key_kernel(

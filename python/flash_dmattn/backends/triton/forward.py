@@ -85,26 +85,28 @@ def _splits(programs: int, keys: int, device: torch.device) -> int:
     return max(1, min(wanted, triton.cdiv(keys, KEYS_PER_SPLIT), 128))
 
 
-def _prune(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
-    """float32 and large head dims have room for the smaller tiles only."""
+def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
+    """Tiles that fit into shared memory, and as many warps as tiles of rows have work for."""
     everything = {**arguments, **more}
     room = 128 * 128 * 2 // (everything["query"].element_size() * everything["BLOCK_D"])
-    fitting = [c for c in configs if c.kwargs["BLOCK_N"] <= max(room, 32)]
-    return fitting if everything["BLOCK_M"] >= 64 else [c for c in fitting if c.num_warps == 4]
+    warps = (8,) if everything["BLOCK_M"] >= 128 else (4,) if everything["BLOCK_D"] <= 128 else (4, 8)
+    return [c for c in configs if c.kwargs["BLOCK_N"] <= max(room, 32) and c.num_warps in warps]
 
 
 @tuned(
     [
         ({"BLOCK_N": 64}, 8, 3),
-        ({"BLOCK_N": 64}, 4, 3),
+        ({"BLOCK_N": 64}, 8, 4),
         ({"BLOCK_N": 128}, 8, 2),
-        ({"BLOCK_N": 32}, 4, 4),
-        ({"BLOCK_N": 64}, 8, 2),
+        ({"BLOCK_N": 32}, 8, 4),
+        ({"BLOCK_N": 128}, 4, 2),
+        ({"BLOCK_N": 64}, 4, 3),
+        ({"BLOCK_N": 32}, 4, 3),
     ],
     key=[
         "bucket", "HEAD_DIM", "BLOCK_M", "GROUP", "CAUSAL", "HAS_END", "WORDS", "LISTED", "BIAS", "SOFTCAP", "SPLIT",
     ],
-    prune=_prune,
+    prune=prune_tiles_of_keys,
 )  # fmt: skip
 @triton.jit(
     do_not_specialize=[
@@ -191,16 +193,17 @@ def _attend(
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, TESTED: tl.constexpr,
 ):  # fmt: skip
     """The entries first to last of the list: tiles of BLOCK_N keys."""
+    next_k = first + tl.arange(0, BLOCK_N)
+    if LISTED:
+        next_k = tl.load(keys + next_k, mask=next_k < total, other=0)
     for start in range(first, last, BLOCK_N):
         entry = start + tl.arange(0, BLOCK_N)
         listed = entry < total
+        k = entry
         if LISTED:
-            if TESTED:
-                k = tl.load(keys + entry, mask=listed, other=0)
-            else:
-                k = tl.load(keys + entry)
-        else:
-            k = entry
+            # Asked for an iteration ahead, so that rows wait for nothing.
+            k = next_k
+            next_k = tl.load(keys + entry + BLOCK_N, mask=entry + BLOCK_N < total, other=0)
         k_row = k.to(tl.int64)
         key_tile = load_rows(key, k_row * key_k, listed, HEAD_DIM, BLOCK_D, TESTED)
         products = product(queries, tl.trans(key_tile), None)
