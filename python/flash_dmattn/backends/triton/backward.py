@@ -135,7 +135,8 @@ RUN_TIME = [
         ({"BLOCK_N": 64}, 8, 2),
         ({"BLOCK_N": 32}, 8, 4),
         ({"BLOCK_N": 64}, 4, 2),
-        ({"BLOCK_N": 32}, 4, 3),
+        ({"BLOCK_N": 32}, 4, 2),
+        ({"BLOCK_N": 32}, 8, 2),
     ],
     key=["bucket", "HEAD_DIM", "BLOCK_M", "GROUP", "CAUSAL", "HAS_END", "WORDS", "LISTED", "BIAS", "SOFTCAP"],
     prune=prune_tiles_of_keys,
@@ -291,10 +292,10 @@ def _key_gradients(
 def _prune_tiles(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
     """Two tiles of keys and those of rows, twice, are in shared memory; two float32 sums of a tile in registers."""
     everything = {**arguments, **more}
-    wide = everything["query"].element_size() * everything["BLOCK_D"]
-    if wide <= 256:
-        return [c for c in configs if c.kwargs["BLOCK_N"] >= 64]
-    return [c for c in configs if c.kwargs["BLOCK_N"] <= (64 if wide <= 512 else 32)]
+    bytes_of_row = everything["query"].element_size() * everything["BLOCK_D"]
+    most, least = (128, 64) if bytes_of_row <= 256 else (64, 32) if bytes_of_row <= 512 else (32, 32)
+    fitting = [c for c in configs if least <= c.kwargs["BLOCK_N"] <= most]
+    return [c for c in fitting if c.kwargs["BLOCK_M"] == 32 and c.num_stages <= 2] if bytes_of_row > 256 else fitting
 
 
 def _run_rows(layout: plan.Layout, mask: plan.Mask, multiprocessors: int) -> int:
@@ -314,7 +315,9 @@ def _run_rows(layout: plan.Layout, mask: plan.Mask, multiprocessors: int) -> int
         ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 4),
         ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
         ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 3),
+        ({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
         ({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 2),
+        ({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
     ],
     key=[
         "bucket", "HEAD_DIM", "GROUP", "CAUSAL", "HAS_END", "HAS_BITS", "LISTED", "BIAS", "SOFTCAP", "GRAD_BIAS",

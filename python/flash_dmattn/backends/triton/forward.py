@@ -67,7 +67,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def tile_rows(problem: Problem, layout: plan.Layout) -> int:
     """Rows of a tile: what registers hold of the results, and no more than there are."""
-    most = 128 if problem.query.element_size() == 2 and layout.head_dim <= 128 else 64
+    bytes_of_row = problem.query.element_size() * plan.block_d(layout)
+    most = 128 if bytes_of_row <= 256 else 64 if bytes_of_row <= 512 else 32
     return max(16, min(most, triton.next_power_of_2(layout.rows)))
 
 
@@ -86,11 +87,15 @@ def _splits(programs: int, keys: int, device: torch.device) -> int:
 
 
 def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
-    """Tiles that fit into shared memory, and as many warps as tiles of rows have work for."""
+    """Tiles that fit into shared memory, and as many warps as rows and registers ask for."""
     everything = {**arguments, **more}
-    room = 128 * 128 * 2 // (everything["query"].element_size() * everything["BLOCK_D"])
-    warps = (8,) if everything["BLOCK_M"] >= 128 else (4,) if everything["BLOCK_D"] <= 128 else (4, 8)
-    return [c for c in configs if c.kwargs["BLOCK_N"] <= max(room, 32) and c.num_warps in warps]
+    is_float32, block_d = everything["query"].element_size() == 4, everything["BLOCK_D"]
+    if is_float32:
+        return [c for c in configs if c.kwargs["BLOCK_N"] == 32 and c.num_stages == 2]
+    if block_d > 128:
+        return [c for c in configs if c.kwargs["BLOCK_N"] <= 64 and c.num_stages <= 3]
+    warps = 8 if everything["BLOCK_M"] >= 128 else 4
+    return [c for c in configs if c.num_warps == warps]
 
 
 @tuned(
@@ -101,7 +106,8 @@ def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict, **more: o
         ({"BLOCK_N": 32}, 8, 4),
         ({"BLOCK_N": 128}, 4, 2),
         ({"BLOCK_N": 64}, 4, 3),
-        ({"BLOCK_N": 32}, 4, 3),
+        ({"BLOCK_N": 32}, 4, 2),
+        ({"BLOCK_N": 32}, 8, 2),
     ],
     key=[
         "bucket", "HEAD_DIM", "BLOCK_M", "GROUP", "CAUSAL", "HAS_END", "WORDS", "LISTED", "BIAS", "SOFTCAP", "SPLIT",

@@ -6,6 +6,7 @@ rows × keys or as keys × rows. Logits are in base 2.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
@@ -22,13 +23,18 @@ PAIR_BIAS: tl.constexpr = tl.constexpr(2)  # one for each query, head and key
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+# float32 products as six of bfloat16 parts, on tensor cores; elsewhere there may be no such way, or a better one.
+FLOAT32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip or torch.xpu.is_available() else "bf16x6")
+
+
 @triton.jit
 def product(a, b, acc):
-    """a @ b + acc, in float32. float32 operands keep all their bits."""
+    """a @ b + acc, in float32, of which no operand loses a bit."""
     if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision=FLOAT32_PRODUCTS)
+    return tl.dot(a, b, acc)
 
 
 @triton.jit
