@@ -87,15 +87,14 @@ def test_same_bits(kind, as_the_engine):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers(dtype, as_the_engine):
-    for softcap, is_causal in ((None, False), (30.0, True)):
-        test_numerics.test_large_logits(dtype, softcap, is_causal)
+    test_numerics.test_large_logits(dtype, 30.0, True)
     test_numerics.test_values_up_to_the_largest(dtype)
-    for rows in (1, 70):
+    # Few cases where they take long.
+    for rows in (1,) if INTERPRETED else (1, 70):
         test_numerics.test_lowest_value_as_mask_bias(dtype, rows)
         if dtype != torch.float16:
             test_numerics.test_lowest_value_for_every_key_is_no_mask(dtype, rows)
-    for bias_dtype in (torch.float32, None):
-        test_numerics.test_large_biases(dtype, bias_dtype)
+    test_numerics.test_large_biases(dtype, torch.float32)
 
 
 @pytest.mark.parametrize("batch, query_len, key_len", ((0, 3, 4), (2, 0, 4), (2, 3, 0)))

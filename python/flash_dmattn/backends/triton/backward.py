@@ -18,7 +18,7 @@ from ...problem import Problem
 from . import pairs, plan
 from .forward import prune_tiles_of_keys, multiprocessors, tile_rows
 from .tiles import (
-    KEY_BIAS, PAIR_BIAS, count_keys, is_visible, load_rows, logits, product, store_rows, to_base_2,
+    KEY_BIAS, PAIR_BIAS, count_keys, is_visible, load_rows, logits, probability, product, store_rows, to_base_2,
 )  # fmt: skip
 from .tuning import length_bucket, tuned
 
@@ -237,7 +237,7 @@ def _over_keys(
                 CAUSAL, HAS_END, WORDS,
             )  # fmt: skip
             s = tl.where(visible, s, float("-inf"))
-        p = tl.exp2(s - row_lse[:, None])
+        p = probability(s, row_lse[:, None])
         grad_p = product(grads, tl.trans(value_tile), None)
         grad_s = p * (grad_p - row_delta[:, None])
         if SOFTCAP:
@@ -480,7 +480,7 @@ def _over_rows(
                 CAUSAL, HAS_END, WORDS,
             )  # fmt: skip
             s = tl.where(visible, s, float("-inf"))
-        p = tl.exp2(s - row_lse[None, :])
+        p = probability(s, row_lse[None, :])
         grads = load_rows(grad_out, q_long * grad_out_q + g * grad_out_h, exist, HEAD_DIM, BLOCK_D, True)
         value_sums = product(p.to(grads.dtype), grads, value_sums)
         row_delta = tl.load(delta + g * query_len + q, mask=exist, other=0.0)

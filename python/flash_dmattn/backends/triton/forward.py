@@ -36,7 +36,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     partial_out, partial_lse = out, lse
     if splits > 1:
         partial_out = out.new_empty((splits, *out.shape), dtype=torch.float32)
-        partial_lse = lse.new_empty((splits, *lse.shape))
+        partial_lse = lse.new_empty((2, splits, *lse.shape))  # its two parts: what exponents refer to, and their sum
     hidden_strides = plan.broadcast_strides(mask.hidden)
     _forward[(tiles * batch * layout.units * splits,)](
         **plan.kernel_arguments(problem, layout, mask, lists),
@@ -183,12 +183,16 @@ def _forward(
         weight = tl.where(seen != 0, weight, 0.0)
     nothing = weight == 0
     acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, weight)[:, None])
-    row_lse = tl.where(nothing, float("-inf"), (base + tl.log2(tl.where(nothing, 1.0, weight))) * LN_2)
     if SPLIT:
         b += split.to(tl.int64) * batch
     out_rows = (b * query_len + q_row) * heads + head
     store_rows(out, out_rows * HEAD_DIM, exist, acc, HEAD_DIM, BLOCK_D)
-    tl.store(lse + (b * heads + head) * query_len + q_row, row_lse, mask=exist)
+    lse_rows = (b * heads + head) * query_len + q_row
+    if SPLIT:
+        tl.store(lse + lse_rows, tl.where(nothing, float("-inf"), base), mask=exist)
+        tl.store(lse + splits.to(tl.int64) * batch * heads * query_len + lse_rows, weight, mask=exist)
+    else:
+        tl.store(lse + lse_rows, to_lse(base, weight), mask=exist)
 
 
 @triton.jit
@@ -240,6 +244,13 @@ def _attend(
     return acc, weight, base
 
 
+@triton.jit
+def to_lse(base, weight):
+    """The natural logarithm of weight 2^base; -inf where nothing has a weight."""
+    nothing = weight == 0
+    return tl.where(nothing, float("-inf"), (base + tl.log2(tl.where(nothing, 1.0, weight))) * LN_2)
+
+
 @triton.jit(do_not_specialize=["rows", "query_len", "heads", "splits"])
 def _combine(
     partial_out, partial_lse, out, lse, rows, query_len, heads, splits, head_dim,
@@ -253,14 +264,15 @@ def _combine(
     lse_row = (b * heads + head) * query_len + q
     split = tl.arange(0, BLOCK_S)
     dim = tl.arange(0, BLOCK_D)
-    part = tl.load(partial_lse + split.to(tl.int64) * rows + lse_row, mask=split < splits, other=float("-inf"))
-    base = tl.max(part, 0)
-    share = tl.exp(part - tl.where(base == float("-inf"), 0.0, base))
+    place = partial_lse + split.to(tl.int64) * rows + lse_row
+    bases = tl.load(place, mask=split < splits, other=float("-inf"))
+    weights = tl.load(place + splits.to(tl.int64) * rows, mask=split < splits, other=0.0)
+    base = tl.max(bases, 0)
+    share = weights * tl.exp2(bases - tl.where(base == float("-inf"), 0.0, base))
     weight = tl.sum(share, 0)
-    nothing = weight == 0
-    rest = (split < splits)[:, None] & (dim < head_dim)[None, :]
+    exist = (split < splits)[:, None] & (dim < head_dim)[None, :]
     offsets = (split.to(tl.int64) * rows + row)[:, None] * head_dim + dim[None, :]
-    acc = tl.sum(tl.load(partial_out + offsets, mask=rest, other=0.0) * share[:, None], 0)
-    acc = acc / tl.where(nothing, 1.0, weight)
+    acc = tl.sum(tl.load(partial_out + offsets, mask=exist, other=0.0) * share[:, None], 0)
+    acc = acc / tl.where(weight == 0, 1.0, weight)
     tl.store(out + row * head_dim + dim, acc.to(out.dtype.element_ty), mask=dim < head_dim)
-    tl.store(lse + lse_row, tl.where(nothing, float("-inf"), base + tl.log(tl.where(nothing, 1.0, weight))))
+    tl.store(lse + lse_row, to_lse(base, weight))

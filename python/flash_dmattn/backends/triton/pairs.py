@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from . import plan
-from .tiles import NO_BIAS, is_visible, load_rows, logits, product, to_base_2
+from .tiles import NO_BIAS, is_visible, load_rows, logits, probability, product, to_base_2
 
 BLOCK_M, BLOCK_N = 64, 64
 
@@ -163,7 +163,7 @@ def _probabilities(
     row_lse = tl.load(lse + row, mask=q < query_len, other=0.0)
     # A row that sees nothing has only logits of -inf.
     base = to_base_2(tl.where(row_lse == float("-inf"), 0.0, row_lse))
-    p = tl.exp2(s - base[:, None])
+    p = probability(s, base[:, None])
     tl.store(probs + (row * key_len)[:, None] + k[None, :], p.to(probs.dtype.element_ty), mask=exist)
 
 
@@ -196,7 +196,7 @@ def _bias_gradient(
             HEAD_DIM, BLOCK_D, CAUSAL, HAS_END, HAS_MASK, BIAS, SOFTCAP,
         )  # fmt: skip
         row = (b * heads + head) * query_len + q
-        p = tl.exp2(s - tl.load(lse + row, mask=q < query_len, other=float("inf"))[:, None])
+        p = probability(s, tl.load(lse + row, mask=q < query_len, other=float("inf"))[:, None])
         grads = load_rows(
             grad_out + b * grad_out_b + head * grad_out_h, q.to(tl.int64) * grad_out_q, q < query_len,
             HEAD_DIM, BLOCK_D, True,

@@ -68,6 +68,12 @@ def logits(products, factor, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def probability(s, lse):
+    """2^(s - lse). Logits beyond 2^24 in magnitude, and an lse of them, have no room for fractions: 1 at most."""
+    return tl.minimum(tl.exp2(s - lse), 1.0)
+
+
+@triton.jit
 def is_visible(
     query, key, listed, first_word, bits, end, query_len, key_len,
     CAUSAL: tl.constexpr, HAS_END: tl.constexpr, WORDS: tl.constexpr,
