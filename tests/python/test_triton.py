@@ -13,7 +13,7 @@ import test_attention
 import test_determinism
 import test_numerics
 from devices import generator as make_generator
-from flash_dmattn import TRITON_AVAILABLE, DynamicMask, selection, triton_dmattn_func
+from flash_dmattn import TRITON_AVAILABLE, selection, triton_dmattn_func
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not TRITON_AVAILABLE, reason="needs a GPU, or TRITON_INTERPRET=1")
@@ -106,7 +106,9 @@ def test_empty(batch, query_len, key_len):
     assert torch.equal(out, torch.zeros(batch, query_len, 4, 16))
     assert torch.equal(lse, torch.full((batch, 4, query_len), -math.inf))
     assert probs.shape == (batch, 4, query_len, key_len)
-    for leaf, grad in zip((query, key, value, bias), torch.autograd.grad(out.sum(), (query, key, value, bias)), strict=True):
+    for leaf, grad in zip(
+        (query, key, value, bias), torch.autograd.grad(out.sum(), (query, key, value, bias)), strict=True
+    ):
         assert grad.shape == leaf.shape and not grad.any()
 
 

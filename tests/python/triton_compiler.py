@@ -6,7 +6,11 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-TARGETS = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32), "gfx942": GPUTarget("hip", "gfx942", 64)}
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 
 
 class NoDevice:
@@ -26,8 +30,9 @@ class NoDevice:
 
 
 @contextlib.contextmanager
-def compiling_for(name):
-    """Within it, calls on CPU tensors compile their kernels for a target, each configuration of those that are tuned.
+def compiling_for(name, first_only=False):
+    """Within it, calls on CPU tensors compile their kernels for a target; of those that are tuned each configuration,
+    or the first.
 
     Gives a list, to which (kernel's name, blocks, compiled kernel) are added; compiled.asm and .metadata say more.
     """
@@ -41,7 +46,7 @@ def compiling_for(name):
 
     def compile_all(self, *args, **options):
         self.nargs = dict(zip(self.arg_names, args, strict=False))
-        for config in self.prune_configs(options):
+        for config in self.prune_configs(options)[: 1 if first_only else None]:
             self.fn.run(*args, **options, **config.all_kwargs())
 
     caches = [f.device_caches for f in _functions()]

@@ -16,9 +16,18 @@ from torch import Tensor
 
 from ...problem import Problem
 from . import pairs, plan
-from .forward import prune_tiles_of_keys, multiprocessors, tile_rows
+from .forward import multiprocessors, prune_tiles_of_keys, tile_rows
 from .tiles import (
-    KEY_BIAS, PAIR_BIAS, count_keys, is_visible, load_rows, logits, probability, product, store_rows, to_base_2,
+    KEY_BIAS,
+    PAIR_BIAS,
+    count_keys,
+    is_visible,
+    load_rows,
+    logits,
+    probability,
+    product,
+    store_rows,
+    to_base_2,
 )  # fmt: skip
 from .tuning import length_bucket, tuned
 
@@ -385,9 +394,7 @@ def _key_kernel(
         tested = last
 
     key_tile = load_rows(key + b * key_b + kv_head * key_h, k_row * key_k, listed, HEAD_DIM, BLOCK_D, True)
-    value_tile = load_rows(
-        value + b * value_b + kv_head * value_h, k_row * value_k, listed, HEAD_DIM, BLOCK_D, True
-    )
+    value_tile = load_rows(value + b * value_b + kv_head * value_h, k_row * value_k, listed, HEAD_DIM, BLOCK_D, True)
     query += b * query_b + unit * GROUP * query_h
     grad_out += b * grad_out_b + unit * GROUP * grad_out_h
     lse += (b * heads + unit * GROUP) * query_len

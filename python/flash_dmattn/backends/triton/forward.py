@@ -12,9 +12,18 @@ from torch import Tensor
 from ...problem import Problem
 from . import plan
 from .tiles import (
-    KEY_BIAS, LN_2, PAIR_BIAS, count_keys, is_visible, load_rows, logits, product, store_rows, to_base_2,
+    KEY_BIAS,
+    LN_2,
+    PAIR_BIAS,
+    count_keys,
+    is_visible,
+    load_rows,
+    logits,
+    product,
+    store_rows,
+    to_base_2,
 )  # fmt: skip
-from .tuning import INTERPRETED, length_bucket, tuned
+from .tuning import length_bucket, tuned
 
 KEYS_PER_SPLIT = 128  # at least
 

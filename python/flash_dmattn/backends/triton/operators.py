@@ -37,14 +37,15 @@ def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    *rest, needs_bias_grad = rest
-    problem = Problem(query, key, value, *rest)
-    *grads, grad_bias = backward_pass.backward(problem, out, lse, grad_out, grad_lse, needs_bias_grad)
-    return *grads, query.new_empty((0,)) if grad_bias is None else grad_bias
+    problem, needs_bias_grad = Problem(query, key, value, *rest[:-1]), rest[-1]
+    grad_query, grad_key, grad_value, grad_bias = backward_pass.backward(
+        problem, out, lse, grad_out, grad_lse, needs_bias_grad
+    )
+    return grad_query, grad_key, grad_value, query.new_empty((0,)) if grad_bias is None else grad_bias
 
 
 def _probabilities(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
-    return pairs.probabilities(Problem(query, key, key, *rest, True), lse)
+    return pairs.probabilities(Problem(query, key, key, *rest, deterministic=True), lse)
 
 
 for name, implementation, fake in (

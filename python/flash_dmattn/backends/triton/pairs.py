@@ -209,6 +209,4 @@ def _bias_gradient(
         acc += p * (grad_p - tl.load(delta + row, mask=q < query_len, other=0.0)[:, None])
     rows = (bias_row.to(tl.int64) * bias_heads + bias_head) * query_len + q
     exist = (q < query_len)[:, None] & (k < key_len)[None, :]
-    tl.store(
-        grad_bias + (rows * key_len)[:, None] + k[None, :], acc.to(grad_bias.dtype.element_ty), mask=exist
-    )
+    tl.store(grad_bias + (rows * key_len)[:, None] + k[None, :], acc.to(grad_bias.dtype.element_ty), mask=exist)
