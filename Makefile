@@ -45,6 +45,7 @@ test-cpp: $(VENV)/tools
 
 test-python: $(VENV)/installed
 	$(bin)/python -m pytest -n 2
+	TRITON_INTERPRET=1 $(bin)/python -m pytest -n 2 -k triton tests/python/test_triton.py tests/python/test_backends.py
 
 # The CUDA kernels compile, and without spills: those that between them have each pair of options, and all. No GPU is needed.
 test-kernels: $(VENV)/installed

@@ -113,7 +113,10 @@ def triton_dmattn_func(
     *,
     keep_window_size: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_dmattn_func` by Triton kernels; raises ImportError where there are none."""
+    """`flash_dmattn_func` by Triton kernels, for CUDA tensors in float16, bfloat16 or float32.
+
+    They are compiled and tuned on first use, for each combination of features, which takes seconds; Triton keeps both.
+    """
     return _attention(
         "triton", query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, return_attn_probs,
         keep_window_size=keep_window_size,

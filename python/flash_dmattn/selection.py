@@ -55,7 +55,7 @@ def dynamic_mask(
 
 def _thresholds(rank: Tensor, keep_window_size: int) -> Tensor:
     """rank (rows, K), a permutation of 0 to K - 1 -> (rows, K): the w-th largest up to each position, else -1."""
-    rows, key_len = rank.shape
+    key_len = rank.size(1)
     now = rank
     left, right = torch.zeros_like(rank), torch.arange(1, key_len + 1, device=rank.device).expand_as(rank)
     wanted = torch.full_like(rank, keep_window_size)

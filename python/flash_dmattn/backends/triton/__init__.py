@@ -23,7 +23,7 @@ def _find_missing() -> str | None:
     missing = None
     if importlib.util.find_spec("triton") is None:
         missing = f"torch {torch.__version__} comes without Triton"
-    elif not _interpreted() and not torch.cuda.is_available() and not torch.xpu.is_available():
+    elif not _interpreted() and not torch.cuda.is_available():
         missing = "Triton's kernels need a GPU, or TRITON_INTERPRET=1, which interprets them, slowly"
     return missing and f"the triton backend is missing: {missing}; use flash_dmattn_func for CPU tensors"
 
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
     if name == "MISSING":
         return globals().setdefault(name, _find_missing())
     if name == "DEVICES":
-        return globals().setdefault(name, ("cuda", "xpu", *(("cpu",) if _interpreted() else ())))
+        return globals().setdefault(name, ("cuda", "cpu") if _interpreted() else ("cuda",))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

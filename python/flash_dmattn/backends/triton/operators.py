@@ -45,7 +45,7 @@ def _backward(
 
 
 def _probabilities(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
-    return pairs.probabilities(Problem(query, key, key, *rest, deterministic=True), lse)
+    return pairs.probabilities(Problem(*(query, key, key, *rest, True)), lse)
 
 
 for name, implementation, fake in (

@@ -270,10 +270,7 @@ def _list_keys(
                     all_seen = all_seen & (found_bits | ~wanted_bits)
                 full = exists & (all_seen == -1)
                 seen = exists & (some != 0)
-            if wanted == 0:
-                take = full
-            else:
-                take = seen & (full == 0)
+            take = full if wanted == 0 else seen & (full == 0)
             taken = take.to(tl.int32)
             slot = found + tl.cumsum(taken, 0) - taken
             tl.store(out + slot, key, mask=take & (slot < capacity))

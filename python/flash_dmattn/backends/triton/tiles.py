@@ -23,8 +23,8 @@ PAIR_BIAS: tl.constexpr = tl.constexpr(2)  # one for each query, head and key
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
-# float32 products as six of bfloat16 parts, on tensor cores; elsewhere there may be no such way, or a better one.
-FLOAT32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip or torch.xpu.is_available() else "bf16x6")
+# float32 products are made of six of bfloat16 parts, on tensor cores; AMD's have float32 products.
+FLOAT32_PRODUCTS: tl.constexpr = tl.constexpr("ieee" if torch.version.hip else "bf16x6")
 
 
 @triton.jit
