@@ -146,6 +146,7 @@ RUN_TIME = [
         ({"BLOCK_N": 64}, 4, 2),
         ({"BLOCK_N": 32}, 4, 2),
         ({"BLOCK_N": 32}, 8, 2),
+        ({"BLOCK_N": 32}, 8, 1),
     ],
     key=["bucket", "HEAD_DIM", "BLOCK_M", "GROUP", "CAUSAL", "HAS_END", "WORDS", "LISTED", "BIAS", "SOFTCAP"],
     prune=prune_tiles_of_keys,
@@ -298,10 +299,9 @@ def _key_gradients(
     return grad_key.to(key.dtype), grad_value.to(key.dtype), grad_bias
 
 
-def _prune_tiles(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
+def _prune_tiles(configs: list[triton.Config], arguments: dict[str, Any]) -> list[triton.Config]:
     """Two tiles of keys and those of rows, twice, are in shared memory; two float32 sums of a tile in registers."""
-    everything = {**arguments, **more}
-    bytes_of_row = everything["query"].element_size() * everything["BLOCK_D"]
+    bytes_of_row = arguments["query"].element_size() * arguments["BLOCK_D"]
     most, least = (128, 64) if bytes_of_row <= 256 else (64, 32) if bytes_of_row <= 512 else (32, 32)
     fitting = [c for c in configs if least <= c.kwargs["BLOCK_N"] <= most]
     return [c for c in fitting if c.kwargs["BLOCK_M"] == 32 and c.num_stages <= 2] if bytes_of_row > 256 else fitting

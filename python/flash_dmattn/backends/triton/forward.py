@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -78,6 +79,8 @@ def tile_rows(problem: Problem, layout: plan.Layout) -> int:
     """Rows of a tile: what registers hold of the results, and no more than there are."""
     bytes_of_row = problem.query.element_size() * plan.block_d(layout)
     most = 128 if bytes_of_row <= 256 else 64 if bytes_of_row <= 512 else 32
+    if shared_memory(problem.query.device) < 128 << 10 and bytes_of_row > 256:
+        most = most // 2
     return max(16, min(most, triton.next_power_of_2(layout.rows)))
 
 
@@ -85,8 +88,15 @@ def tile_rows(problem: Problem, layout: plan.Layout) -> int:
 def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 8  # interpreted
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return getattr(properties, "multi_processor_count", 0) or getattr(properties, "max_compute_units", 64)
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have."""
+    if device.type == "cpu":
+        return 128 << 10  # interpreted
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 128 << 10)
 
 
 def _splits(programs: int, keys: int, device: torch.device) -> int:
@@ -95,15 +105,14 @@ def _splits(programs: int, keys: int, device: torch.device) -> int:
     return max(1, min(wanted, triton.cdiv(keys, KEYS_PER_SPLIT), 128))
 
 
-def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict, **more: object) -> list[triton.Config]:
+def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict[str, Any]) -> list[triton.Config]:
     """Tiles that fit into shared memory, and as many warps as rows and registers ask for."""
-    everything = {**arguments, **more}
-    is_float32, block_d = everything["query"].element_size() == 4, everything["BLOCK_D"]
+    is_float32, block_d = arguments["query"].element_size() == 4, arguments["BLOCK_D"]
     if is_float32:
-        return [c for c in configs if c.kwargs["BLOCK_N"] == 32 and c.num_stages == 2]
+        return [c for c in configs if c.kwargs["BLOCK_N"] == 32 and c.num_stages <= 2]
     if block_d > 128:
         return [c for c in configs if c.kwargs["BLOCK_N"] <= 64 and c.num_stages <= 3]
-    warps = 8 if everything["BLOCK_M"] >= 128 else 4
+    warps = 8 if arguments["BLOCK_M"] >= 128 else 4
     return [c for c in configs if c.num_warps == warps]
 
 

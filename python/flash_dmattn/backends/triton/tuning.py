@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import triton
 
+TUNED_BITS = 24  # of query_len and of the keys of a list, together: 2048 × 2048
+TUNED_KEY_BITS = 17  # and one query, if it sees so many
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
@@ -15,25 +18,35 @@ def tuned(
     *,
     key: Sequence[str],
     reset: Sequence[str] = (),
-    prune: Callable[..., list[triton.Config]] | None = None,
+    prune: Callable[[list[triton.Config], dict[str, Any]], list[triton.Config]],
 ) -> Callable[[Any], Any]:
-    """triton.autotune over (blocks, warps, stages). reset: arguments that the kernel adds to, or counts in.
+    """triton.autotune over (blocks, warps, stages), for problems that are large enough to be worth it.
 
-    The first is taken where nothing can be measured: in Triton's interpreter.
+    Others, and Triton's interpreter, take what needs the least room.
+
+    Args:
+        key: names of the arguments that make a choice of its own, "bucket" (`length_bucket`) among them.
+        reset: those that the kernel adds to, or counts in.
+        prune: leaves some configurations out, by the arguments.
     """
+
+    def prune_all(made: list[triton.Config], arguments: dict[str, Any], **more: Any) -> list[triton.Config]:
+        fitting = prune(made, {**arguments, **more})
+        query_bits, key_bits = divmod({**arguments, **more}["bucket"], 64)
+        if query_bits + key_bits >= TUNED_BITS or key_bits >= TUNED_KEY_BITS:
+            return fitting
+        return [min(fitting, key=lambda config: math.prod(config.kwargs.values()) * config.num_stages)]
+
     made = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in configs]
     return triton.autotune(
         made[:1] if INTERPRETED else made,
         key=list(key),
         reset_to_zero=list(reset) or None,
-        prune_configs_by={"early_config_prune": prune} if prune and not INTERPRETED else None,
+        prune_configs_by=None if INTERPRETED else {"early_config_prune": prune_all},
         cache_results=True,
     )
 
 
-def length_bucket(*lengths: int) -> int:
+def length_bucket(query_len: int, keys: int) -> int:
     """A part of the tuning key: the same for lengths between the same powers of two."""
-    bucket = 0
-    for length in lengths:
-        bucket = 64 * bucket + int(length).bit_length()
-    return bucket
+    return 64 * int(query_len).bit_length() + int(keys).bit_length()
