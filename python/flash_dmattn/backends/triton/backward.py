@@ -162,7 +162,7 @@ def _query_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile = tiles - 1 - tl.program_id(0) % tiles
-    unit = tl.program_id(0) // tiles % units
+    unit = (tl.program_id(0) // tiles % units).to(tl.int64)
     b = (tl.program_id(0) // tiles // units).to(tl.int64)
     mask_row = b * mask_b + unit * mask_heads // units
     kv_head = unit * kv_heads // units
@@ -349,7 +349,7 @@ def _key_kernel(
     tiles = tl.cdiv(capacity, BLOCK_N)
     tile = tl.program_id(0) % tiles
     run = tl.program_id(0) // tiles % runs
-    unit = tl.program_id(0) // tiles // runs % units
+    unit = (tl.program_id(0) // tiles // runs % units).to(tl.int64)
     b = (tl.program_id(0) // tiles // runs // units).to(tl.int64)
     mask_row = b * mask_b + unit * mask_heads // units
     kv_head = unit * kv_heads // units
@@ -461,20 +461,24 @@ def _over_rows(
 
     Rows of the tile that are no row have an lse of inf, so a probability of 0. Keys that are none stay by themselves.
     """
+    # Rows within a tile are near each other, and their offsets small; a tile's own can be large.
+    local = tl.arange(0, BLOCK_M)
     for start in range(first, last, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        q = row // GROUP
-        q_long = q.to(tl.int64)
-        g = row % GROUP
+        first_q = start // GROUP
+        offset = 0 if BLOCK_M % GROUP == 0 else start - first_q * GROUP
+        near = (offset + local) // GROUP
+        q = first_q + near
+        g = (offset + local) % GROUP
         exist = q < query_len
-        queries = load_rows(query, q_long * query_q + g * query_h, exist, HEAD_DIM, BLOCK_D, True)
+        tile_queries = query + tl.cast(first_q, tl.int64) * query_q
+        queries = load_rows(tile_queries, near * query_q + g.to(tl.int64) * query_h, exist, HEAD_DIM, BLOCK_D, True)
         row_lse = tl.load(lse + g * query_len + q, mask=exist, other=float("inf"))
         s, bent = logits(product(key_tile, tl.trans(queries), None), factor, softcap, SOFTCAP)
         if BIAS == KEY_BIAS:
             s += key_bias[:, None]
         if BIAS == PAIR_BIAS:
             head = (unit * GROUP + g) * bias_heads // heads
-            places = (q_long * bias_q + head * bias_h)[None, :] + (k.to(tl.int64) * bias_k)[:, None]
+            places = (q.to(tl.int64) * bias_q + head * bias_h)[None, :] + (k.to(tl.int64) * bias_k)[:, None]
             s += to_base_2(tl.load(bias + places, mask=exist[None, :] & listed[:, None], other=0.0))
         if TESTED:
             WORDS: tl.constexpr = (
@@ -488,7 +492,8 @@ def _over_rows(
             )  # fmt: skip
             s = tl.where(visible, s, float("-inf"))
         p = probability(s, row_lse[None, :])
-        grads = load_rows(grad_out, q_long * grad_out_q + g * grad_out_h, exist, HEAD_DIM, BLOCK_D, True)
+        tile_grads = grad_out + tl.cast(first_q, tl.int64) * grad_out_q
+        grads = load_rows(tile_grads, near * grad_out_q + g.to(tl.int64) * grad_out_h, exist, HEAD_DIM, BLOCK_D, True)
         value_sums = product(p.to(grads.dtype), grads, value_sums)
         row_delta = tl.load(delta + g * query_len + q, mask=exist, other=0.0)
         grad_p = product(value_tile, tl.trans(grads), None)

@@ -149,7 +149,7 @@ def _forward(
 ):  # fmt: skip
     split = tl.program_id(0) % splits
     tile = tiles - 1 - tl.program_id(0) // splits % tiles  # the last tiles, which see the most keys, first
-    unit = tl.program_id(0) // splits // tiles % units
+    unit = (tl.program_id(0) // splits // tiles % units).to(tl.int64)
     b = (tl.program_id(0) // splits // tiles // units).to(tl.int64)
     mask_row = b * mask_b + unit * mask_heads // units
     kv_head = unit * kv_heads // units

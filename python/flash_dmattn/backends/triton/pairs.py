@@ -151,7 +151,7 @@ def _probabilities(
     pid = tl.program_id(0)
     k = pid % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     q = pid // k_tiles % q_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = pid // k_tiles // q_tiles % heads
+    head = (pid // k_tiles // q_tiles % heads).to(tl.int64)
     b = (pid // k_tiles // q_tiles // heads).to(tl.int64)
     s, _, exist = _logits_of(
         b, head, q, k, query, key, bias, mask, end, query_b, query_q, query_h, key_b, key_k, key_h,
@@ -181,7 +181,7 @@ def _bias_gradient(
     pid = tl.program_id(0)
     k = pid % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     q = pid // k_tiles % q_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    bias_head = pid // k_tiles // q_tiles % bias_heads
+    bias_head = (pid // k_tiles // q_tiles % bias_heads).to(tl.int64)
     bias_row = pid // k_tiles // q_tiles // bias_heads
     heads_each = heads // bias_heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
