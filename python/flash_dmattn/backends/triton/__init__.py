@@ -25,7 +25,8 @@ def _find_missing() -> str | None:
         missing = f"torch {torch.__version__} comes without Triton"
     elif not _interpreted() and not torch.cuda.is_available():
         missing = "Triton's kernels need a GPU, or TRITON_INTERPRET=1, which interprets them, slowly"
-    return missing and f"the triton backend is missing: {missing}; use flash_dmattn_func for CPU tensors"
+    instead = "use flex_dmattn_func, or flash_dmattn_func for CPU tensors"
+    return missing and f"the triton backend is missing: {missing}; {instead}"
 
 
 def __getattr__(name: str) -> Any:
