@@ -5,6 +5,7 @@ Arguments and results are those of the engine's operators of the same name.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -29,8 +30,14 @@ LIBRARY.define(
 LIBRARY.define(f"probabilities(Tensor query, Tensor key, Tensor lse, {PROBLEM}) -> Tensor")
 
 
-def _forward(*problem: Any) -> tuple[Tensor, Tensor]:
-    return forward_pass.forward(Problem(*problem))
+def _on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where Triton launches: on the current device, not on that of its arguments."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _forward(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    with _on(query):
+        return forward_pass.forward(Problem(query, *rest))
 
 
 def _backward(
@@ -38,14 +45,16 @@ def _backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, needs_bias_grad = Problem(query, key, value, *rest[:-1]), rest[-1]
-    grad_query, grad_key, grad_value, grad_bias = backward_pass.backward(
-        problem, out, lse, grad_out, grad_lse, needs_bias_grad
-    )
+    with _on(query):
+        grad_query, grad_key, grad_value, grad_bias = backward_pass.backward(
+            problem, out, lse, grad_out, grad_lse, needs_bias_grad
+        )
     return grad_query, grad_key, grad_value, query.new_empty((0,)) if grad_bias is None else grad_bias
 
 
 def _probabilities(query: Tensor, key: Tensor, lse: Tensor, *rest: Any) -> Tensor:
-    return pairs.probabilities(Problem(*(query, key, key, *rest, True)), lse)
+    with _on(query):
+        return pairs.probabilities(Problem(*(query, key, key, *rest, True)), lse)
 
 
 for name, implementation, fake in (
