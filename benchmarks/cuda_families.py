@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from cuda import machine, median_ms
+from cuda_engine import machine, median_ms
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

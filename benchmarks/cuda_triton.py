@@ -2,7 +2,7 @@
 
     python benchmarks/cuda_triton.py [--out benchmarks/results/cuda_triton.json] [--cases NAME ...]
 
-As benchmarks/cuda.py, whose inputs and way of timing these are. Outputs are compared with float64 in some rows,
+As benchmarks/cuda_engine.py, whose inputs and way of timing these are. Outputs are compared with float64 in some rows,
 gradients with the CUDA kernels'. Which configurations were chosen is printed; what tuning takes is a case of its own.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from cuda import (
+from cuda_engine import (
     HEADS,
     KV_HEADS,
     SDPA,

@@ -2,8 +2,9 @@
 
     python benchmarks/flex.py [--out benchmarks/results/flex.json] [--cases NAME ...]
 
-As benchmarks/cuda.py, whose peers, inputs and way of timing these are. Under a dynamic mask, forward and backward, with
-a per-key bias and its gradient; outputs are compared with float64 in some rows, gradients with the CUDA kernels'.
+As benchmarks/cuda_engine.py, whose peers, inputs and way of timing these are. Under a dynamic mask, forward and
+backward, with a per-key bias and its gradient; outputs are compared with float64 in some rows, gradients with the CUDA
+kernels'.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable
 
 import torch
-from cuda import (
+from cuda_engine import (
     HEADS,
     KV_HEADS,
     SDPA,

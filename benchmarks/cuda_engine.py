@@ -1,6 +1,6 @@
 """The CUDA kernels against torch's scaled_dot_product_attention (SDPA) and FlexAttention: same inputs, same run.
 
-    python benchmarks/cuda.py [--out benchmarks/results/cuda.json] [--cases NAME ...]
+    python benchmarks/cuda_engine.py [--out benchmarks/results/cuda.json] [--cases NAME ...]
 
 Prints a line for each figure and writes all of them, with the machine and the commit, as JSON. Times are medians by
 CUDA events, of calls that wait in the GPU's queue, so that the host's time does not count. Outputs are compared with
