@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -43,13 +44,14 @@ def cuda_figures(recorded: dict) -> str:
     return "\n".join((described, "", *figures_and_peers(recorded, "this library")))
 
 
-def flex_figures(recorded: dict) -> str:
+def backend_figures(recorded: dict, backend: str, program: str) -> str:
     machine = recorded["machine"]
     described = (
-        f"{machine['gpu']}, PyTorch {machine['torch']}, {machine['date']}, commit {machine['commit'][:10]}; "
-        f"{machine['shape']}. SDPA is dense and causal, without a bias. TFLOP/s count visible pairs only."
+        f"The `{backend}` backend, by `python benchmarks/{program}`. {machine['gpu']}, PyTorch {machine['torch']}, "
+        f"{machine['date']}, commit {machine['commit'][:10]}; {machine['shape']}. SDPA is dense and causal, without a "
+        "bias. TFLOP/s count visible pairs only."
     )
-    return "\n".join((described, "", *figures_and_peers(recorded, "`flex`")))
+    return "\n".join((described, "", *figures_and_peers(recorded, f"`{backend}`")))
 
 
 def figures_and_peers(recorded: dict, measured: str) -> list[str]:
@@ -139,7 +141,8 @@ FIGURES = {
     "cpu": cpu_figures,
     "cuda": cuda_figures,
     "cuda_families": cuda_families_figures,
-    "flex": flex_figures,
+    "cuda_triton": functools.partial(backend_figures, backend="triton", program="cuda_triton.py"),
+    "flex": functools.partial(backend_figures, backend="flex", program="flex.py"),
 }
 
 
