@@ -41,10 +41,10 @@ struct HopperBackwardConfig {
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
-/// The addresses of a full bias take registers, and so does a softcap.
+/// The addresses of a full bias and its gradient take registers.
 constexpr HopperBackwardConfig hopper_backward_config(const BackwardOptions& options) {
   const int head_dim = options.head_dim;
-  const bool shares_keys = head_dim > 128 || (options.bias == BiasKind::full && (head_dim <= 64 || options.softcap));
+  const bool shares_keys = head_dim > 128 || options.bias == BiasKind::full;
   HopperBackwardConfig config{.head_dim = head_dim,
                               .dim = round_up(head_dim, shares_keys ? 64 : 32),
                               .keys = shares_keys ? 64 : 128,
