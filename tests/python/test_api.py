@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flash_dmattn
 import reference
@@ -125,12 +126,23 @@ def test_a_backend_that_does_not_work_is_missing(attention, reason, monkeypatch,
     assert re.search(reason, backends.missing("cpu"))
 
 
+def test_a_try_leaves_nothing_behind_that_breaks_tracing():
+    code = "import flash_dmattn, torch; flash_dmattn.get_available_backends()"
+    code += "\nwith torch._subclasses.FakeTensorMode(): pass"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class NoOperator(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, *_):
+        raise AssertionError(f"{operator} has been called")
+
+
 def test_modes_of_the_caller_do_not_reach_the_try(monkeypatch):
     monkeypatch.setattr(backends, "_tried", {})
     with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         assert backends.missing("cpu") is None
     monkeypatch.setattr(backends, "_tried", {})
-    with torch._subclasses.FakeTensorMode():
+    with NoOperator():
         assert backends.missing("cpu") is None
 
 

@@ -22,6 +22,10 @@ def failure(backend: ModuleType, device: str) -> str | None:
             if failures[-1] is None:
                 return
 
+    # What stands in for a GPU that is not there is set up by the first thread that traces, and torch 2.10 crashes when
+    # that thread has ended.
+    if hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        torch._C._ensureCUDADeviceGuardSet()
     # In a thread of its own: no mode in which the caller may be reaches it.
     thread = threading.Thread(target=try_until_one_works)
     thread.start()
