@@ -63,33 +63,22 @@ def _attention(problem: Problem, *, needs_lse: bool) -> tuple[Tensor, Tensor | N
     if query.is_cuda:
         return _flex_attention(problem)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias))
-    return _CPUAttention.apply(*problem, needs_lse or needs_grad)
+    return _cpu_attention(*problem) if needs_lse or needs_grad else _on_cpu(problem)
 
 
-class _CPUAttention(torch.autograd.Function):
-    """FlexAttention forward, which on the CPU refuses tensors that require gradients and gives no lse. The engine makes
-    the lse, where it is needed, and does the backward."""
+@torch.no_grad()  # in every case, as a kernel is compiled for either
+def _on_cpu(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """FlexAttention, which on the CPU refuses tensors that require gradients and gives no lse."""
+    return _flex_attention(problem.detach())
 
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        problem, needs_lse = Problem(*arguments[:-1]).detach(), arguments[-1]
-        out, _ = _flex_attention(problem)
-        lse = operators.forward(*problem)[1] if needs_lse else None
-        ctx.save_for_backward(*arguments[:7], out, lse)
-        ctx.options = arguments[7:-1]
-        ctx.set_materialize_grads(False)
-        return out, lse
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, *masks, out, lse = ctx.saved_tensors  # mask, bias, end, survivors
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
-        needs_bias_grad = ctx.needs_input_grad[4]
-        *grads, grad_bias = operators.backward(
-            grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad
-        )
-        return *grads, None, grad_bias if needs_bias_grad else None, *[None] * 7
+def _with_lse(*arguments: Any) -> tuple[Tensor, Tensor]:
+    problem = Problem(*arguments)
+    return _on_cpu(problem)[0], operators.forward(*problem.detach())[1]
+
+
+# The lse and the backward pass are the engine's.
+_cpu_attention = operators.with_gradients(_with_lse, operators.backward)
 
 
 def _flex_attention(problem: Problem) -> tuple[Tensor, Tensor | None]:

@@ -52,6 +52,5 @@ def attention(problem: Problem) -> Tensor:
 def probabilities(problem: Problem, lse: Tensor) -> Tensor:
     from . import operators
 
-    query, key, _, mask, bias, *rest, _ = problem
-    bias = None if bias is None else bias.detach()
-    return operators.probabilities(query.detach(), key.detach(), lse.detach(), mask, bias, *rest)
+    query, key, _, *rest, _ = problem.detach()
+    return operators.probabilities(query, key, lse.detach(), *rest)

@@ -108,6 +108,17 @@ RUN_TIME = [
 
 
 @triton.jit
+def _place(query_len, key_len, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The queries and keys of this program's tile, and which of the planes of all queries and keys it is in."""
+    k_tiles = tl.cdiv(key_len, BLOCK_N)
+    q_tiles = tl.cdiv(query_len, BLOCK_M)
+    pid = tl.program_id(0)
+    k = pid % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    q = pid // k_tiles % q_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    return q, k, pid // k_tiles // q_tiles
+
+
+@triton.jit
 def _logits_of(
     b, head, q, k, query, key, bias, mask, end, query_b, query_q, query_h, key_b, key_k, key_h,
     bias_b, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, end_b,
@@ -146,13 +157,9 @@ def _probabilities(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr,
     HAS_MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    k_tiles = tl.cdiv(key_len, BLOCK_N)
-    q_tiles = tl.cdiv(query_len, BLOCK_M)
-    pid = tl.program_id(0)
-    k = pid % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    q = pid // k_tiles % q_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    head = (pid // k_tiles // q_tiles % heads).to(tl.int64)
-    b = (pid // k_tiles // q_tiles // heads).to(tl.int64)
+    q, k, plane = _place(query_len, key_len, BLOCK_M, BLOCK_N)
+    head = (plane % heads).to(tl.int64)
+    b = (plane // heads).to(tl.int64)
     s, _, exist = _logits_of(
         b, head, q, k, query, key, bias, mask, end, query_b, query_q, query_h, key_b, key_k, key_h,
         bias_b, bias_h, bias_q, bias_k, mask_b, mask_h, mask_q, mask_k, end_b,
@@ -176,13 +183,9 @@ def _bias_gradient(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr,
     HAS_MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    k_tiles = tl.cdiv(key_len, BLOCK_N)
-    q_tiles = tl.cdiv(query_len, BLOCK_M)
-    pid = tl.program_id(0)
-    k = pid % k_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    q = pid // k_tiles % q_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    bias_head = (pid // k_tiles // q_tiles % bias_heads).to(tl.int64)
-    bias_row = pid // k_tiles // q_tiles // bias_heads
+    q, k, plane = _place(query_len, key_len, BLOCK_M, BLOCK_N)
+    bias_head = (plane % bias_heads).to(tl.int64)
+    bias_row = plane // bias_heads
     heads_each = heads // bias_heads
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     # Over the batches and heads that have this bias, always in the same order.
