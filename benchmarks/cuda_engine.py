@@ -60,6 +60,15 @@ def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
     return statistics.median(sample(calls) for _ in range(repeats))
 
 
+def in_graph(function: Callable[[], Tensor]) -> Callable[[], object]:
+    function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def kernels_ms(name: str, function: Callable[[], object]) -> float:
     """Milliseconds of the kernels of that name in a call."""
     function()
@@ -101,6 +110,11 @@ def error_of(out: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tenso
         expected.append((s.softmax(-1) @ value.detach()[0, :, kv_head].double()).transpose(0, 1))
     exact = torch.cat(expected, 1)
     return float((out.detach()[0, rows].double() - exact).norm() / exact.norm())
+
+
+def largest_error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    """Relative, of tensors beside those of another backend."""
+    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in zip(got, expected, strict=True))
 
 
 def causal(query_len: int, key_len: int) -> Callable[[Tensor], Tensor]:
@@ -291,14 +305,6 @@ def decode(length: int = 524288) -> Rows:
     bias = scores(length).detach()
     made = DynamicMask.from_score(bias[:, :, 0], WINDOW, query_len=1)
     heads_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
-
-    def in_graph(function: Callable[[], Tensor]) -> Callable[[], object]:
-        function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        return graph.replay
 
     def attend(**options: object) -> Tensor:
         return flash_dmattn_func(query, key, value, attn_bias=bias, is_causal=True, **options)

@@ -25,7 +25,9 @@ from cuda_engine import (
     Sdpa,
     causal,
     error_of,
+    in_graph,
     inputs,
+    largest_error,
     main,
     median_ms,
     peers,
@@ -48,10 +50,6 @@ def chosen() -> Rows:
     for kernel in (forward._forward, backward._query_kernel, backward._key_kernel):
         print(f"  {kernel.base_fn.__name__}: {getattr(kernel, 'best_config', 'not run')}")
     yield from ()
-
-
-def largest_error(got: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
-    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in zip(got, expected, strict=True))
 
 
 def compare(name: str, pairs: int, leaves: list[Tensor], bias: Tensor | None, visible: Callable, options: dict) -> Rows:
@@ -139,14 +137,6 @@ def decode(length: int = 524288) -> Rows:
     bias = scores(length).detach()
     made = DynamicMask.from_score(bias[:, :, 0], WINDOW, query_len=1)
     heads_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
-
-    def in_graph(function: Callable[[], Tensor]) -> Callable[[], object]:
-        function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        return graph.replay
 
     for name, mask in ((f"dynamic mask w {WINDOW} given", made), ("dense", None)):
 
