@@ -17,6 +17,8 @@ struct Interval {
   int start, end;
 };
 
+constexpr int kMostBits = 1024;  ///< positions of a run whose keys are tested by bits
+
 struct Plan {
   int run;   ///< query positions per list
   int runs;  ///< divide_up(query_len, run)

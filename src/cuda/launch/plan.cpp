@@ -222,7 +222,7 @@ class Planner {
 
   void list_bits() {
     using Config = BitListsConfig;
-    if (plan_.run > Config::kLongestRun)
+    if (plan_.run > kMostBits)
       throw std::invalid_argument("a run of " + std::to_string(plan_.run) + " positions has too many bits");
     list_for(masks_.dense);
     list_for(end_);

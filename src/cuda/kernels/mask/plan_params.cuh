@@ -87,7 +87,7 @@ struct ColumnListsParams {
 struct BitListsConfig {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kStrip = 512;  // keys that a warp reads at a time, for 32 positions
-  static constexpr int kMostWords = 32, kLongestRun = 32 * kMostWords;
+  static constexpr int kMostWords = kMostBits / 32;
   static constexpr int kMostTileKeys = 128;  // of an attention kernel
   static constexpr int shared_bytes(int words, int segment) { return segment * (words * 4 + 1) + kWarps * 8; }
   static constexpr int kMostSharedBytes = 48 << 10;

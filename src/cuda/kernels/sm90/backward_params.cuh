@@ -12,8 +12,6 @@ constexpr QueryTile hopper_query_tile(int head_dim, int rows) {
                      : QueryTile{64, 8, 2, 1, 2 * divide_up(head_dim, 64)};
 }
 
-constexpr int kMostBits = 1024;  ///< positions of a run whose keys are tested by bits
-
 /// Two warpgroups multiply, and one more copies rows and adds dQ. Either each has 64 keys of its own. Or, where that
 /// takes too many registers, both have the same 64: half of the rows each in the scores, half of the columns in dK, dV
 /// and dQ. Probabilities then go through shared memory.
