@@ -225,9 +225,12 @@ def _visible_pairs(mask: Tensor) -> Tensor:
 
 
 def _list(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the last dimension are True, and which: those come first, in order."""
+    """How many of the last dimension are True, and which: those come first, in order.
+
+    Contiguous: FlexAttention's kernels do not look at the stride of a list.
+    """
     order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
+    return blocks.sum(-1, dtype=torch.int32).contiguous(), order.to(torch.int32).contiguous()
 
 
 def _intervals(problem: Problem, first_position: int) -> tuple[Tensor, Tensor]:
