@@ -167,7 +167,9 @@ def test_cuda_graph(query_len):
         )
         return [*outs, *torch.autograd.grad(sum(out.sum() for out in outs), (query, key, value, bias))]
 
-    expected = step()
+    # Leaves belong to the stream of their first use.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected = step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

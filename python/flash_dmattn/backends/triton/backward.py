@@ -22,6 +22,8 @@ from .tiles import (
     PAIR_BIAS,
     count_keys,
     is_visible,
+    load_ends,
+    load_entries,
     load_rows,
     logits,
     probability,
@@ -121,6 +123,7 @@ def _query_gradient(problem: Problem, layout: plan.Layout, mask: plan.Mask, shar
     tiles = triton.cdiv(layout.rows, block_m)
     _query_kernel[(tiles * layout.batch * layout.units,)](
         **plan.kernel_arguments(problem, layout, mask, lists),
+        **plan.key_bias_arguments(problem, layout, mask, lists),
         **shared,
         grad_query=grad_query,
         scale=problem.scale,
@@ -134,7 +137,8 @@ def _query_gradient(problem: Problem, layout: plan.Layout, mask: plan.Mask, shar
 
 RUN_TIME = [
     "heads", "kv_heads", "units", "bias_heads", "mask_heads", "mask_b", "query_len", "key_len", "runs", "factor",
-    "softcap", "scale", "tiles", "bucket", "keys_row", "run_rows", "capacity",
+    "softcap", "scale", "tiles", "bucket", "keys_row", "run_rows", "capacity", "key_bias_unit",
+    "key_bias_run",
 ]  # fmt: skip
 
 
@@ -153,10 +157,10 @@ RUN_TIME = [
 )
 @triton.jit(do_not_specialize=RUN_TIME)
 def _query_kernel(
-    query, key, value, bias, end, bits, keys, counts, grad_out, lse, delta, grad_query,
+    query, key, value, bias, end, bits, keys, counts, key_bias, grad_out, lse, delta, grad_query,
     query_b, query_q, query_h, key_b, key_k, key_h, value_b, value_k, value_h, bias_b, bias_h, bias_q, bias_k,
     grad_out_b, grad_out_q, grad_out_h, heads, kv_heads, units, bias_heads, mask_heads, mask_b,
-    query_len, key_len, runs, keys_row, keys_run, factor, softcap, scale, tiles, bucket,
+    query_len, key_len, runs, keys_row, keys_run, key_bias_unit, key_bias_run, factor, softcap, scale, tiles, bucket,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr,
     LISTED: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WORDS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -192,18 +196,17 @@ def _query_kernel(
     bits += mask_row * tl.cdiv(query_len, 32) * key_len
     end += mask_row * key_len
     bias += b * bias_b
-    if BIAS == KEY_BIAS:
-        bias += (unit * bias_heads // units) * bias_h
+    key_bias += (b * units + unit) * key_bias_unit + tile.to(tl.int64) * key_bias_run
     bias_rows = q_long * bias_q + (head * bias_heads // heads) * bias_h
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc = _over_keys(
-        acc, queries, grads, row_lse, row_delta, key, value, bias, end, bits, keys, 0, tested, total,
+        acc, queries, grads, row_lse, row_delta, key, value, bias, end, bits, keys, key_bias, 0, tested, total,
         q_row, bias_rows, first_query // 32, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
         HEAD_DIM, BLOCK_D, CAUSAL, HAS_END, LISTED, BIAS, SOFTCAP, WORDS, BLOCK_N, False,
     )  # fmt: skip
     acc = _over_keys(
-        acc, queries, grads, row_lse, row_delta, key, value, bias, end, bits, keys, tested, total, total,
+        acc, queries, grads, row_lse, row_delta, key, value, bias, end, bits, keys, key_bias, tested, total, total,
         q_row, bias_rows, first_query // 32, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
         HEAD_DIM, BLOCK_D, CAUSAL, HAS_END, LISTED, BIAS, SOFTCAP, WORDS, BLOCK_N, True,
     )  # fmt: skip
@@ -213,37 +216,33 @@ def _query_kernel(
 
 @triton.jit
 def _over_keys(
-    acc, queries, grads, row_lse, row_delta, key, value, bias, end, bits, keys, first, last, total,
+    acc, queries, grads, row_lse, row_delta, key, value, bias, end, bits, keys, key_bias, first, last, total,
     q_row, bias_rows, first_word, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr, LISTED: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, TESTED: tl.constexpr,
 ):  # fmt: skip
-    next_k = first + tl.arange(0, BLOCK_N)
-    if LISTED:
-        next_k = tl.load(keys + next_k, mask=next_k < total, other=0)
-    for start in range(first, last, BLOCK_N):
+    # Few tiles of a list have a test. They wait for what they load: were they pipelined, too, ptxas would let all
+    # products of the kernel wait for each other.
+    STAGES: tl.constexpr = 1 if TESTED and WORDS == 0 else None
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         entry = start + tl.arange(0, BLOCK_N)
         listed = entry < total
         k = entry
         if LISTED:
-            # Asked for an iteration ahead, so that rows wait for nothing.
-            k = next_k
-            next_k = tl.load(keys + entry + BLOCK_N, mask=entry + BLOCK_N < total, other=0)
+            k = load_entries(keys, entry, listed, TESTED)
         k_row = k.to(tl.int64)
+        ends = load_ends(end, k, listed, HAS_END and TESTED)
         key_tile = load_rows(key, k_row * key_k, listed, HEAD_DIM, BLOCK_D, TESTED)
         value_tile = load_rows(value, k_row * value_k, listed, HEAD_DIM, BLOCK_D, TESTED)
         s, bent = logits(product(queries, tl.trans(key_tile), None), factor, softcap, SOFTCAP)
         if BIAS == KEY_BIAS:
-            if TESTED:
-                s += to_base_2(tl.load(bias + k_row * bias_k, mask=listed, other=0.0))[None, :]
-            else:
-                s += to_base_2(tl.load(bias + k_row * bias_k))[None, :]
+            s += load_entries(key_bias, entry, listed, TESTED)[None, :]
         if BIAS == PAIR_BIAS:
             places = bias_rows[:, None] + (k_row * bias_k)[None, :]
             s += to_base_2(tl.load(bias + places, mask=exist[:, None] & listed[None, :], other=0.0))
         if TESTED:
             visible = is_visible(
-                q_row[:, None], k[None, :], listed[None, :], first_word, bits, end, query_len, key_len,
+                q_row[:, None], k[None, :], ends[None, :], listed[None, :], first_word, bits, query_len, key_len,
                 CAUSAL, HAS_END, WORDS,
             )  # fmt: skip
             s = tl.where(visible, s, float("-inf"))
@@ -380,8 +379,8 @@ def _key_kernel(
         newest = tl.max(tl.where(listed, k, 0), 0) - shift
         first = tl.maximum(first, oldest * GROUP // BLOCK_M * BLOCK_M)
         tested = tl.maximum(first, tl.cdiv(tl.maximum(newest, 0) * GROUP, BLOCK_M) * BLOCK_M)
+    ends = load_ends(end, k, listed, HAS_END)
     if HAS_END:
-        ends = tl.load(end + k, mask=listed, other=0)
         last = tl.minimum(last, tl.maximum(tl.max(ends, 0) - shift, 0) * GROUP)
     if HAS_END or HAS_BITS:
         tested = last
@@ -409,14 +408,14 @@ def _key_kernel(
     value_sums = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     bias_sums = tl.zeros([BLOCK_N], tl.float32)
     key_sums, value_sums, bias_sums = _over_rows(
-        key_sums, value_sums, bias_sums, key_tile, value_tile, key_bias, k, listed, first, tested,
-        query, grad_out, lse, delta, bias, end, bits, query_q, query_h, grad_out_q, grad_out_h, bias_h, bias_q, bias_k,
+        key_sums, value_sums, bias_sums, key_tile, value_tile, key_bias, k, ends, listed, first, tested,
+        query, grad_out, lse, delta, bias, bits, query_q, query_h, grad_out_q, grad_out_h, bias_h, bias_q, bias_k,
         unit, heads, bias_heads, query_len, key_len, factor, softcap,
         HEAD_DIM, BLOCK_D, GROUP, CAUSAL, HAS_END, BIAS, SOFTCAP, HAS_BITS, GRAD_BIAS, BLOCK_M, True,
     )  # fmt: skip
     key_sums, value_sums, bias_sums = _over_rows(
-        key_sums, value_sums, bias_sums, key_tile, value_tile, key_bias, k, listed, tested, last,
-        query, grad_out, lse, delta, bias, end, bits, query_q, query_h, grad_out_q, grad_out_h, bias_h, bias_q, bias_k,
+        key_sums, value_sums, bias_sums, key_tile, value_tile, key_bias, k, ends, listed, tested, last,
+        query, grad_out, lse, delta, bias, bits, query_q, query_h, grad_out_q, grad_out_h, bias_h, bias_q, bias_k,
         unit, heads, bias_heads, query_len, key_len, factor, softcap,
         HEAD_DIM, BLOCK_D, GROUP, CAUSAL, HAS_END, BIAS, SOFTCAP, HAS_BITS, GRAD_BIAS, BLOCK_M, False,
     )  # fmt: skip
@@ -450,8 +449,8 @@ def _key_kernel(
 
 @triton.jit
 def _over_rows(
-    key_sums, value_sums, bias_sums, key_tile, value_tile, key_bias, k, listed, first, last,
-    query, grad_out, lse, delta, bias, end, bits, query_q, query_h, grad_out_q, grad_out_h, bias_h, bias_q, bias_k,
+    key_sums, value_sums, bias_sums, key_tile, value_tile, key_bias, k, ends, listed, first, last,
+    query, grad_out, lse, delta, bias, bits, query_q, query_h, grad_out_q, grad_out_h, bias_h, bias_q, bias_k,
     unit, heads, bias_heads, query_len, key_len, factor, softcap,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BITS: tl.constexpr, GRAD_BIAS: tl.constexpr,
@@ -487,7 +486,7 @@ def _over_rows(
                 else ((BLOCK_M - 2) // GROUP + 32) // 32 + 1
             )  # fmt: skip
             visible = is_visible(
-                q[None, :], k[:, None], listed[:, None], start // GROUP // 32, bits, end, query_len, key_len,
+                q[None, :], k[:, None], ends[:, None], listed[:, None], start // GROUP // 32, bits, query_len, key_len,
                 CAUSAL, HAS_END, WORDS,
             )  # fmt: skip
             s = tl.where(visible, s, float("-inf"))

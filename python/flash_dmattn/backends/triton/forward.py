@@ -18,6 +18,8 @@ from .tiles import (
     PAIR_BIAS,
     count_keys,
     is_visible,
+    load_ends,
+    load_entries,
     load_rows,
     logits,
     product,
@@ -50,6 +52,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     hidden_strides = plan.broadcast_strides(mask.hidden)
     _forward[(tiles * batch * layout.units * splits,)](
         **plan.kernel_arguments(problem, layout, mask, lists),
+        **plan.key_bias_arguments(problem, layout, mask, lists),
         hidden=out if mask.hidden is None else mask.hidden.view(torch.uint8),
         hidden_b=hidden_strides[0],
         hidden_h=hidden_strides[1],
@@ -106,8 +109,12 @@ def _splits(programs: int, keys: int, device: torch.device) -> int:
 
 
 def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict[str, Any]) -> list[triton.Config]:
-    """Tiles that fit into shared memory, and as many warps as rows and registers ask for."""
+    """Tiles that fit into shared memory, and as many warps as rows and registers ask for.
+
+    With a list two stages are between its entries and the keys, which many stages leave room for only there.
+    """
     is_float32, block_d = arguments["query"].element_size() == 4, arguments["BLOCK_D"]
+    configs = [c for c in configs if c.num_stages <= 5 or arguments["LISTED"]]
     if is_float32:
         return [c for c in configs if c.kwargs["BLOCK_N"] == 32 and c.num_stages <= 2]
     if block_d > 128:
@@ -119,8 +126,8 @@ def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict[str, Any])
 @tuned(
     [
         ({"BLOCK_N": 64}, 8, 3),
-        ({"BLOCK_N": 64}, 8, 4),
-        ({"BLOCK_N": 128}, 8, 2),
+        ({"BLOCK_N": 64}, 8, 5),
+        ({"BLOCK_N": 64}, 8, 7),
         ({"BLOCK_N": 32}, 8, 4),
         ({"BLOCK_N": 128}, 4, 2),
         ({"BLOCK_N": 64}, 4, 3),
@@ -135,14 +142,15 @@ def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict[str, Any])
 @triton.jit(
     do_not_specialize=[
         "heads", "kv_heads", "units", "bias_heads", "mask_heads", "mask_b", "hidden_heads", "query_len", "key_len",
-        "runs", "factor", "softcap", "tiles", "batch", "splits", "bucket", "keys_row",
+        "runs", "factor", "softcap", "tiles", "batch", "splits", "bucket", "keys_row", "key_bias_unit", "key_bias_run",
     ]
 )  # fmt: skip
 def _forward(
-    query, key, value, bias, end, bits, keys, counts, hidden, out, lse,
+    query, key, value, bias, end, bits, keys, counts, key_bias, hidden, out, lse,
     query_b, query_q, query_h, key_b, key_k, key_h, value_b, value_k, value_h, bias_b, bias_h, bias_q, bias_k,
     hidden_b, hidden_h, hidden_q, heads, kv_heads, units, bias_heads, mask_heads, mask_b, hidden_heads,
-    query_len, key_len, runs, keys_row, keys_run, factor, softcap, tiles, batch, splits, bucket,
+    query_len, key_len, runs, keys_row, keys_run, key_bias_unit, key_bias_run, factor, softcap, tiles, batch, splits,
+    bucket,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr,
     LISTED: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, HIDDEN: tl.constexpr, SPLIT: tl.constexpr,
     WORDS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -177,21 +185,22 @@ def _forward(
     bits += mask_row * tl.cdiv(query_len, 32) * key_len
     end += mask_row * key_len
     bias += b * bias_b
-    if BIAS == KEY_BIAS:
-        bias += (unit * bias_heads // units) * bias_h
+    key_bias += (b * units + unit) * key_bias_unit + tile.to(tl.int64) * key_bias_run
     bias_rows = q_row.to(tl.int64) * bias_q + (head * bias_heads // heads) * bias_h
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     base = tl.full([BLOCK_M], float("-inf"), tl.float32)
     acc, weight, base = _attend(
-        acc, weight, base, queries, key, value, bias, end, bits, keys, first_step * BLOCK_N, tested * BLOCK_N, total,
-        q_row, bias_rows, first_query // 32, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
+        acc, weight, base, queries, key, value, bias, end, bits, keys, key_bias, first_step * BLOCK_N,
+        tested * BLOCK_N, total, q_row, bias_rows, first_query // 32, query_len, key_len, key_k, value_k, bias_k,
+        factor, softcap, exist,
         HEAD_DIM, BLOCK_D, CAUSAL, HAS_END, LISTED, BIAS, SOFTCAP, WORDS, BLOCK_N, False,
     )  # fmt: skip
     acc, weight, base = _attend(
-        acc, weight, base, queries, key, value, bias, end, bits, keys, tested * BLOCK_N, last_step * BLOCK_N, total,
-        q_row, bias_rows, first_query // 32, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
+        acc, weight, base, queries, key, value, bias, end, bits, keys, key_bias, tested * BLOCK_N,
+        last_step * BLOCK_N, total, q_row, bias_rows, first_query // 32, query_len, key_len, key_k, value_k, bias_k,
+        factor, softcap, exist,
         HEAD_DIM, BLOCK_D, CAUSAL, HAS_END, LISTED, BIAS, SOFTCAP, WORDS, BLOCK_N, True,
     )  # fmt: skip
 
@@ -215,38 +224,35 @@ def _forward(
 
 @triton.jit
 def _attend(
-    acc, weight, base, queries, key, value, bias, end, bits, keys, first, last, total,
+    acc, weight, base, queries, key, value, bias, end, bits, keys, key_bias, first, last, total,
     q_row, bias_rows, first_word, query_len, key_len, key_k, value_k, bias_k, factor, softcap, exist,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, HAS_END: tl.constexpr, LISTED: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WORDS: tl.constexpr, BLOCK_N: tl.constexpr, TESTED: tl.constexpr,
 ):  # fmt: skip
     """The entries first to last of the list: tiles of BLOCK_N keys."""
-    next_k = first + tl.arange(0, BLOCK_N)
-    if LISTED:
-        next_k = tl.load(keys + next_k, mask=next_k < total, other=0)
-    for start in range(first, last, BLOCK_N):
+    # Few tiles of a list have a test. They wait for what they load: were they pipelined, too, ptxas would let all
+    # products of the kernel wait for each other.
+    STAGES: tl.constexpr = 1 if TESTED and WORDS == 0 else None
+    for start in tl.range(first, last, BLOCK_N, num_stages=STAGES):
         entry = start + tl.arange(0, BLOCK_N)
         listed = entry < total
         k = entry
         if LISTED:
-            # Asked for an iteration ahead, so that rows wait for nothing.
-            k = next_k
-            next_k = tl.load(keys + entry + BLOCK_N, mask=entry + BLOCK_N < total, other=0)
+            k = load_entries(keys, entry, listed, TESTED)
         k_row = k.to(tl.int64)
+        ends = load_ends(end, k, listed, HAS_END and TESTED)
         key_tile = load_rows(key, k_row * key_k, listed, HEAD_DIM, BLOCK_D, TESTED)
+        value_tile = load_rows(value, k_row * value_k, listed, HEAD_DIM, BLOCK_D, TESTED)
         products = product(queries, tl.trans(key_tile), None)
         s, _ = logits(products, factor, softcap, SOFTCAP)
         if BIAS == KEY_BIAS:
-            if TESTED:
-                s += to_base_2(tl.load(bias + k_row * bias_k, mask=listed, other=0.0))[None, :]
-            else:
-                s += to_base_2(tl.load(bias + k_row * bias_k))[None, :]
+            s += load_entries(key_bias, entry, listed, TESTED)[None, :]
         if BIAS == PAIR_BIAS:
             pairs = bias_rows[:, None] + (k_row * bias_k)[None, :]
             s += to_base_2(tl.load(bias + pairs, mask=exist[:, None] & listed[None, :], other=0.0))
         if TESTED:
             visible = is_visible(
-                q_row[:, None], k[None, :], listed[None, :], first_word, bits, end, query_len, key_len,
+                q_row[:, None], k[None, :], ends[None, :], listed[None, :], first_word, bits, query_len, key_len,
                 CAUSAL, HAS_END, WORDS,
             )  # fmt: skip
             s = tl.where(visible, s, float("-inf"))
@@ -256,7 +262,6 @@ def _attend(
         shrink = tl.exp2(base - finite)
         weight = weight * shrink + tl.sum(p, 1)
         acc = acc * shrink[:, None]
-        value_tile = load_rows(value, k_row * value_k, listed, HEAD_DIM, BLOCK_D, TESTED)
         acc = product(p.to(value_tile.dtype), value_tile, acc)
         base = new_base
     return acc, weight, base

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from . import plan
-from .tiles import NO_BIAS, is_visible, load_rows, logits, probability, product, to_base_2
+from .tiles import NO_BIAS, is_visible, load_ends, load_rows, logits, probability, product, to_base_2
 
 BLOCK_M, BLOCK_N = 64, 64
 
@@ -139,9 +139,9 @@ def _logits_of(
     if BIAS != NO_BIAS:
         bias += b * bias_b + head * bias_heads // heads * bias_h
         s += to_base_2(tl.load(bias + (q_row * bias_q)[:, None] + (k_row * bias_k)[None, :], mask=exist, other=0.0))
+    ends = load_ends(end + b * end_b + head * end_heads // heads * key_len, k, k_exist, HAS_END)
     visible = is_visible(
-        q[:, None], k[None, :], k_exist[None, :], 0, query, end + b * end_b + head * end_heads // heads * key_len,
-        query_len, key_len, CAUSAL, HAS_END, 0,
+        q[:, None], k[None, :], ends[None, :], k_exist[None, :], 0, query, query_len, key_len, CAUSAL, HAS_END, 0,
     )  # fmt: skip
     if HAS_MASK:
         mask += b * mask_b + head * mask_heads // heads * mask_h

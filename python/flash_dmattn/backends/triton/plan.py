@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import operators
 from ...problem import Problem
-from .tiles import KEY_BIAS, LOG2_E, NO_BIAS, PAIR_BIAS
+from .tiles import KEY_BIAS, LOG2_E, NO_BIAS, PAIR_BIAS, to_base_2
 
 BLOCK_CANDIDATES = 1024
 BLOCK_PACKED = 128
@@ -277,6 +277,56 @@ def _list_keys(
             found += tl.sum(taken, 0)
         found = tl.minimum(found, capacity)
         tl.store(counts + (row * runs + run) * 2 + wanted, found)
+
+
+def key_bias_arguments(problem: Problem, layout: Layout, mask: Mask, lists: Lists | None) -> dict[str, Any]:
+    """The bias of each key as the tiles of keys want it: in float32 and base 2, in the order of a run's list.
+
+    Loads of it are contiguous and of 4 bytes, which can be asynchronous; a gathered one would hold up the products.
+    """
+    bias = problem.bias
+    if bias is None or bias_kind(bias) != KEY_BIAS.value:
+        return {"key_bias": problem.query, "key_bias_unit": 0, "key_bias_run": 0}
+    runs = 1 if lists is None else lists.keys.size(1)
+    capacity = layout.key_len if lists is None else lists.capacity
+    rows = layout.batch * layout.units
+    made = bias.new_empty((rows, runs, capacity), dtype=torch.float32)
+    blocks = triton.cdiv(capacity, BLOCK_CANDIDATES)
+    strides = broadcast_strides(bias)
+    _list_bias[(rows * runs * blocks,)](
+        bias.detach(), made if lists is None else lists.keys, made if lists is None else lists.counts, made,
+        strides[0], strides[1], strides[3], bias.size(1), layout.units, mask.heads, mask.heads if mask.batch > 1 else 0,
+        runs, blocks, capacity,
+        LISTED=lists is not None, COUNTED=lists is not None and lists.runs == runs, BLOCK=BLOCK_CANDIDATES,
+    )  # fmt: skip
+    return {"key_bias": made, "key_bias_unit": runs * capacity, "key_bias_run": capacity if runs > 1 else 0}
+
+
+@triton.jit(
+    do_not_specialize=[
+        "bias_b", "bias_h", "bias_heads", "units", "mask_heads", "mask_b", "runs", "blocks", "capacity",
+    ]
+)  # fmt: skip
+def _list_bias(
+    bias, keys, counts, made, bias_b, bias_h, bias_k, bias_heads, units, mask_heads, mask_b, runs, blocks, capacity,
+    LISTED: tl.constexpr, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A program has BLOCK entries of the list of one run of one unit."""
+    block = tl.program_id(0) % blocks
+    run = tl.program_id(0) // blocks % runs
+    row = (tl.program_id(0) // blocks // runs).to(tl.int64)
+    unit = row % units
+    entry = block * BLOCK + tl.arange(0, BLOCK)
+    exist = entry < capacity
+    k = entry
+    if LISTED:
+        list_row = (row // units * mask_b + unit * mask_heads // units) * runs + run
+        if COUNTED:
+            exist = entry < tl.load(counts + 2 * list_row + 1)  # beyond nothing was written
+        k = tl.load(keys + list_row * capacity + entry, mask=exist, other=0)
+    bias += row // units * bias_b + (unit * bias_heads // units) * bias_h
+    found = tl.load(bias + k.to(tl.int64) * bias_k, mask=exist, other=0.0)
+    tl.store(made + (row * runs + run) * capacity + entry, to_base_2(found), mask=exist)
 
 
 def logit_factor(problem: Problem) -> float:

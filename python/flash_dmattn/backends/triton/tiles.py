@@ -75,12 +75,12 @@ def probability(s, lse):
 
 @triton.jit
 def is_visible(
-    query, key, listed, first_word, bits, end, query_len, key_len,
+    query, key, ends, listed, first_word, bits, query_len, key_len,
     CAUSAL: tl.constexpr, HAS_END: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Whether a query sees a key. listed: whether the key is one. bits, end: of the mask row.
+    """Whether a query sees a key. ends: of the keys (`load_ends`). listed: whether the key is one.
 
-    With WORDS, bits say it all: the tile's queries are in that many words from first_word on.
+    With WORDS, bits, those of the mask row, say it all: the tile's queries are in that many words from first_word on.
     """
     position = query + (key_len - query_len)
     visible = listed & (position >= key_len - query_len)
@@ -96,7 +96,7 @@ def is_visible(
         if CAUSAL:
             visible = visible & (key <= position)
         if HAS_END:
-            visible = visible & (position < tl.load(end + key, mask=listed, other=0))
+            visible = visible & (position < ends)
     return visible
 
 
@@ -112,6 +112,22 @@ def load_rows(start, offsets, exist, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constex
     if HEAD_DIM == BLOCK_D:
         return tl.load(pointers)
     return tl.load(pointers, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_entries(start, entry, listed, MASKED: tl.constexpr):
+    """What a list says beside its keys; 0 where there is none."""
+    if MASKED:
+        return tl.load(start + entry, mask=listed, other=0)
+    return tl.load(start + entry)
+
+
+@triton.jit
+def load_ends(end, key, listed, HAS_END: tl.constexpr):
+    """The position from which on no query sees a key, if there is one. end: of the mask row."""
+    if HAS_END:
+        return tl.load(end + key, mask=listed, other=0)
+    return key
 
 
 @triton.jit
