@@ -31,7 +31,7 @@ from .tiles import (
     store_rows,
     to_base_2,
 )  # fmt: skip
-from .tuning import length_bucket, tuned
+from .tuning import config, length_bucket, tuned
 
 RUN_ROWS, LEAST_RUN_ROWS = 2048, 256  # of a run; fewer where there would be too few programs
 
@@ -144,13 +144,15 @@ RUN_TIME = [
 
 @tuned(
     [
-        ({"BLOCK_N": 64}, 8, 3),
-        ({"BLOCK_N": 64}, 8, 2),
-        ({"BLOCK_N": 32}, 8, 4),
-        ({"BLOCK_N": 64}, 4, 2),
-        ({"BLOCK_N": 32}, 4, 2),
-        ({"BLOCK_N": 32}, 8, 2),
-        ({"BLOCK_N": 32}, 8, 1),
+        config(8, 3, BLOCK_N=64),
+        config(8, 2, BLOCK_N=64),
+        config(8, 4, BLOCK_N=32),
+        config(4, 2, BLOCK_N=64),
+        config(4, 2, BLOCK_N=32),
+        config(8, 2, BLOCK_N=32),
+        config(8, 1, BLOCK_N=32),
+        config(8, 2, registers=128, BLOCK_N=32),
+        config(8, 4, registers=128, BLOCK_N=32),
     ],
     key=["bucket", "HEAD_DIM", "BLOCK_M", "GROUP", "CAUSAL", "HAS_END", "WORDS", "LISTED", "BIAS", "SOFTCAP"],
     prune=prune_tiles_of_keys,
@@ -318,14 +320,14 @@ def _run_rows(layout: plan.Layout, mask: plan.Mask, multiprocessors: int) -> int
 
 @tuned(
     [
-        ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 3),
-        ({"BLOCK_M": 64, "BLOCK_N": 128}, 8, 2),
-        ({"BLOCK_M": 32, "BLOCK_N": 128}, 8, 4),
-        ({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 2),
-        ({"BLOCK_M": 32, "BLOCK_N": 64}, 4, 3),
-        ({"BLOCK_M": 32, "BLOCK_N": 64}, 8, 2),
-        ({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 2),
-        ({"BLOCK_M": 32, "BLOCK_N": 32}, 8, 1),
+        config(8, 3, BLOCK_M=64, BLOCK_N=128),
+        config(8, 2, BLOCK_M=64, BLOCK_N=128),
+        config(8, 4, BLOCK_M=32, BLOCK_N=128),
+        config(4, 2, BLOCK_M=64, BLOCK_N=64),
+        config(4, 3, BLOCK_M=32, BLOCK_N=64),
+        config(8, 2, BLOCK_M=32, BLOCK_N=64),
+        config(4, 2, BLOCK_M=32, BLOCK_N=32),
+        config(8, 1, BLOCK_M=32, BLOCK_N=32),
     ],
     key=[
         "bucket", "HEAD_DIM", "GROUP", "CAUSAL", "HAS_END", "HAS_BITS", "LISTED", "BIAS", "SOFTCAP", "GRAD_BIAS",

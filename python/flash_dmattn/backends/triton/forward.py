@@ -26,7 +26,7 @@ from .tiles import (
     store_rows,
     to_base_2,
 )  # fmt: skip
-from .tuning import length_bucket, tuned
+from .tuning import config, length_bucket, tuned
 
 KEYS_PER_SPLIT = 128  # at least
 
@@ -109,12 +109,10 @@ def _splits(programs: int, keys: int, device: torch.device) -> int:
 
 
 def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict[str, Any]) -> list[triton.Config]:
-    """Tiles that fit into shared memory, and as many warps as rows and registers ask for.
-
-    With a list two stages are between its entries and the keys, which many stages leave room for only there.
-    """
+    """Tiles that fit into shared memory, and as many warps as rows and registers ask for."""
     is_float32, block_d = arguments["query"].element_size() == 4, arguments["BLOCK_D"]
-    configs = [c for c in configs if c.num_stages <= 5 or arguments["LISTED"]]
+    if is_float32 or block_d > 128:
+        configs = [c for c in configs if c.maxnreg is None]
     if is_float32:
         return [c for c in configs if c.kwargs["BLOCK_N"] == 32 and c.num_stages <= 2]
     if block_d > 128:
@@ -125,14 +123,15 @@ def prune_tiles_of_keys(configs: list[triton.Config], arguments: dict[str, Any])
 
 @tuned(
     [
-        ({"BLOCK_N": 64}, 8, 3),
-        ({"BLOCK_N": 64}, 8, 5),
-        ({"BLOCK_N": 64}, 8, 7),
-        ({"BLOCK_N": 32}, 8, 4),
-        ({"BLOCK_N": 128}, 4, 2),
-        ({"BLOCK_N": 64}, 4, 3),
-        ({"BLOCK_N": 32}, 4, 2),
-        ({"BLOCK_N": 32}, 8, 2),
+        config(8, 3, BLOCK_N=64),
+        config(8, 5, BLOCK_N=64),
+        config(8, 4, registers=128, BLOCK_N=32),
+        config(8, 6, registers=128, BLOCK_N=32),
+        config(8, 4, BLOCK_N=32),
+        config(4, 2, BLOCK_N=128),
+        config(4, 3, BLOCK_N=64),
+        config(4, 2, BLOCK_N=32),
+        config(8, 2, BLOCK_N=32),
     ],
     key=[
         "bucket", "HEAD_DIM", "BLOCK_M", "GROUP", "CAUSAL", "HAS_END", "WORDS", "LISTED", "BIAS", "SOFTCAP", "SPLIT",

@@ -19,8 +19,9 @@ from ... import operators
 from ...problem import Problem
 from .tiles import KEY_BIAS, LOG2_E, NO_BIAS, PAIR_BIAS, to_base_2
 
-BLOCK_CANDIDATES = 1024
+BLOCK_CANDIDATES = 2048  # a run's, for windows up to 1024 or so, at once
 BLOCK_PACKED = 128
+BLOCK_BIAS = 512
 
 
 class Layout(NamedTuple):
@@ -164,7 +165,7 @@ def make_lists(mask: Mask, problem: Problem, layout: Layout, run_rows: int) -> L
     _list_keys[(rows * runs,)](
         source, mask.end if mask.end is not None else keys, keys, counts, runs, run_rows, capacity, layout.group,
         layout.query_len, layout.key_len, chunk, slots, triton.cdiv(layout.key_len, chunk) if chunk else 0,
-        CAUSAL=problem.is_causal, SURVIVORS=mask.survivors is not None, BLOCK=BLOCK_CANDIDATES,
+        CAUSAL=problem.is_causal, SURVIVORS=mask.survivors is not None, BLOCK=BLOCK_CANDIDATES, num_warps=8,
     )  # fmt: skip
     return Lists(keys, counts, runs, capacity)
 
@@ -221,7 +222,6 @@ def _list_keys(
     """
     run = tl.program_id(0) % runs
     row = (tl.program_id(0) // runs).to(tl.int64)
-    words = tl.cdiv(query_len, 32)
     first_query = run * run_rows // group
     last_query = tl.minimum((run * run_rows + run_rows - 1) // group, query_len - 1)
     first = first_query + (key_len - query_len)
@@ -241,42 +241,70 @@ def _list_keys(
         total = listed + tl.maximum(stop - chunk_start, 0)
         source += (row * chunks + at_chunk) * slots
     else:
-        source += row * words * key_len
+        source += row * tl.cdiv(query_len, 32) * key_len
     out = keys + (row * runs + run) * capacity
-    found = 0
-    for wanted in tl.static_range(2):
+
+    full_count = 0
+    if total > BLOCK:
         for start in range(0, total, BLOCK):
-            entry = start + tl.arange(0, BLOCK)
-            if SURVIVORS:
-                key = tl.load(source + entry, mask=entry < listed, other=-1)
-                key = tl.where(key < chunk_start, key, -1)
-                key = tl.where(entry < listed, key, chunk_start + entry - listed)
-                exists = (entry < total) & (key >= 0)
-                ends = tl.load(end + key, mask=exists, other=0)
-                full = exists & (key <= first) & (ends >= stop)
-                seen = exists & (ends > tl.maximum(key, first))
-            else:
-                key = entry
-                exists = entry < total
-                some = tl.zeros([BLOCK], tl.int32)
-                all_seen = tl.full([BLOCK], -1, tl.int32)
-                for word in range(first_query // 32, last_query // 32 + 1):
-                    # The bits of the run's queries.
-                    low = tl.maximum(first_query - word * 32, 0)
-                    high = tl.minimum(last_query - word * 32, 31)
-                    wanted_bits = ((-1 << low) & ((2 << high) - 1)).to(tl.int32)
-                    found_bits = tl.load(source + word * key_len.to(tl.int64) + key, mask=exists, other=0)
-                    some = some | (found_bits & wanted_bits)
-                    all_seen = all_seen & (found_bits | ~wanted_bits)
-                full = exists & (all_seen == -1)
-                seen = exists & (some != 0)
-            take = full if wanted == 0 else seen & (full == 0)
-            taken = take.to(tl.int32)
-            slot = found + tl.cumsum(taken, 0) - taken
-            tl.store(out + slot, key, mask=take & (slot < capacity))
-            found += tl.sum(taken, 0)
-        found = tl.minimum(found, capacity)
-        tl.store(counts + (row * runs + run) * 2 + wanted, found)
+            _, full, _ = _candidates(
+                source, end, start, total, listed, chunk_start, first, stop, first_query, last_query, key_len,
+                SURVIVORS, BLOCK,
+            )  # fmt: skip
+            full_count += tl.sum(full.to(tl.int32))
+    full_at = 0
+    other_at = 0
+    for start in range(0, total, BLOCK):
+        key, full, other = _candidates(
+            source, end, start, total, listed, chunk_start, first, stop, first_query, last_query, key_len,
+            SURVIVORS, BLOCK,
+        )  # fmt: skip
+        # The counts of both in one number, up to here.
+        ones = full.to(tl.int32) | other.to(tl.int32) << 16
+        before = tl.cumsum(ones, 0) - ones
+        found = tl.sum(ones)
+        if total <= BLOCK:
+            full_count = found & 0xFFFF
+        slot = tl.where(full, full_at + (before & 0xFFFF), full_count + other_at + (before >> 16))
+        tl.store(out + slot, key, mask=(full | other) & (slot < capacity))
+        full_at += found & 0xFFFF
+        other_at += found >> 16
+    full_count = tl.minimum(full_count, capacity)
+    tl.store(counts + (row * runs + run) * 2, full_count)
+    tl.store(counts + (row * runs + run) * 2 + 1, tl.minimum(full_count + other_at, capacity))
+
+
+@triton.jit
+def _candidates(
+    source, end, start, total, listed, chunk_start, first, stop, first_query, last_query, key_len,
+    SURVIVORS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys, which of them all queries of the run see, and which only some."""
+    entry = start + tl.arange(0, BLOCK)
+    if SURVIVORS:
+        key = tl.load(source + entry, mask=entry < listed, other=-1)
+        key = tl.where(key < chunk_start, key, -1)
+        key = tl.where(entry < listed, key, chunk_start + entry - listed)
+        exists = (entry < total) & (key >= 0)
+        ends = tl.load(end + key, mask=exists, other=0)
+        full = exists & (key <= first) & (ends >= stop)
+        seen = exists & (ends > tl.maximum(key, first))
+    else:
+        key = entry
+        exists = entry < total
+        some = tl.zeros([BLOCK], tl.int32)
+        all_seen = tl.full([BLOCK], -1, tl.int32)
+        for word in range(first_query // 32, last_query // 32 + 1):
+            # The bits of the run's queries.
+            low = tl.maximum(first_query - word * 32, 0)
+            high = tl.minimum(last_query - word * 32, 31)
+            wanted_bits = ((-1 << low) & ((2 << high) - 1)).to(tl.int32)
+            found_bits = tl.load(source + word * key_len.to(tl.int64) + key, mask=exists, other=0)
+            some = some | (found_bits & wanted_bits)
+            all_seen = all_seen & (found_bits | ~wanted_bits)
+        full = exists & (all_seen == -1)
+        seen = exists & (some != 0)
+    return key, full, seen & (full == 0)
 
 
 def key_bias_arguments(problem: Problem, layout: Layout, mask: Mask, lists: Lists | None) -> dict[str, Any]:
@@ -291,13 +319,13 @@ def key_bias_arguments(problem: Problem, layout: Layout, mask: Mask, lists: List
     capacity = layout.key_len if lists is None else lists.capacity
     rows = layout.batch * layout.units
     made = bias.new_empty((rows, runs, capacity), dtype=torch.float32)
-    blocks = triton.cdiv(capacity, BLOCK_CANDIDATES)
+    blocks = triton.cdiv(capacity, BLOCK_BIAS)
     strides = broadcast_strides(bias)
     _list_bias[(rows * runs * blocks,)](
         bias.detach(), made if lists is None else lists.keys, made if lists is None else lists.counts, made,
         strides[0], strides[1], strides[3], bias.size(1), layout.units, mask.heads, mask.heads if mask.batch > 1 else 0,
         runs, blocks, capacity,
-        LISTED=lists is not None, COUNTED=lists is not None and lists.runs == runs, BLOCK=BLOCK_CANDIDATES,
+        LISTED=lists is not None, COUNTED=lists is not None and lists.runs == runs, BLOCK=BLOCK_BIAS,
     )  # fmt: skip
     return {"key_bias": made, "key_bias_unit": runs * capacity, "key_bias_run": capacity if runs > 1 else 0}
 

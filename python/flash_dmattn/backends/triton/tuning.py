@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import triton
 
 TUNED_BITS = 24  # of query_len and of the keys of a list, together: 2048 × 2048
@@ -13,14 +14,19 @@ TUNED_KEY_BITS = 17  # and one query, if it sees so many
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
+def config(num_warps: int, num_stages: int, registers: int | None = None, **blocks: int) -> triton.Config:
+    """A configuration. registers: of a thread, at most, so that several programs have room on a multiprocessor."""
+    return triton.Config(blocks, num_warps=num_warps, num_stages=num_stages, maxnreg=registers)
+
+
 def tuned(
-    configs: Sequence[tuple[dict[str, int], int, int]],
+    configs: Sequence[triton.Config],
     *,
     key: Sequence[str],
     reset: Sequence[str] = (),
     prune: Callable[[list[triton.Config], dict[str, Any]], list[triton.Config]],
 ) -> Callable[[Any], Any]:
-    """triton.autotune over (blocks, warps, stages), for problems that are large enough to be worth it.
+    """triton.autotune over configurations, for problems that are large enough to be worth it.
 
     Others, and Triton's interpreter, take what needs the least room.
 
@@ -35,11 +41,12 @@ def tuned(
         query_bits, key_bits = divmod({**arguments, **more}["bucket"], 64)
         if query_bits + key_bits >= TUNED_BITS or key_bits >= TUNED_KEY_BITS:
             return fitting
-        return [min(fitting, key=lambda config: math.prod(config.kwargs.values()) * config.num_stages)]
+        return [min(fitting, key=lambda made: math.prod(made.kwargs.values()) * made.num_stages)]
 
-    made = [triton.Config(blocks, num_warps=warps, num_stages=stages) for blocks, warps, stages in configs]
+    # AMD's compiler knows no number of registers.
+    possible = [made for made in configs if made.maxnreg is None or not torch.version.hip]
     return triton.autotune(
-        made[:1] if INTERPRETED else made,
+        possible[:1] if INTERPRETED else possible,
         key=list(key),
         reset_to_zero=list(reset) or None,
         prune_configs_by=None if INTERPRETED else {"early_config_prune": prune_all},
