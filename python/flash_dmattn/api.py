@@ -149,21 +149,22 @@ def flex_dmattn_func(
     )  # fmt: skip
 
 
-def _available(backend: str, device: str | None = None) -> Any:
-    missing = backends.missing(backend, device)
+def _available(backend: str, device: str | None = None, query: Tensor | None = None, has_bias: bool = True) -> Any:
+    missing = backends.missing(backend, device, query, has_bias)
     if missing is not None:
         raise ImportError(f"{missing}. Backends:\n{backends.describe()}")
     return backends.load(backend)
 
 
-def _best_backend(query: Tensor) -> str:
+def _best_backend(query: Tensor, has_bias: bool) -> str:
     device = query.device.type
     if device == "cpu":
         return "cpu"
     dtype = autocast_dtype(query, "cuda") if query.is_cuda else query.dtype
     others = BACKENDS[:-1]
     takes = (name for name in others if backends.load(name).MISSING is None and dtype in backends.load(name).DTYPES)
-    return next((name for name in (*takes, *others) if backends.missing(name, device) is None), "cuda")
+    asked = (*takes, *others)
+    return next((name for name in asked if backends.missing(name, device, query, has_bias) is None), "cuda")
 
 
 def _attention(
@@ -186,8 +187,9 @@ def _attention(
         checks.check_flag("deterministic", deterministic)
         checks.check_flag("return_attn_probs", return_attn_probs)
         checks.check_tensors(query, key, value)
-        backend = backend or _best_backend(query)
-        module = _available(backend, "cuda" if query.is_cuda else "cpu")
+        has_bias = attn_bias is not None
+        backend = backend or _best_backend(query, has_bias)
+        module = _available(backend, "cuda" if query.is_cuda else "cpu", query, has_bias)
         checks.check_backend("query", query, backend, module.DEVICES)
         problem = make_problem(
             query, key, value, attn_mask, attn_bias, scale, is_causal, softcap, deterministic, keep_window_size

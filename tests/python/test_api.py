@@ -126,6 +126,20 @@ def test_a_backend_that_does_not_work_is_missing(attention, reason, monkeypatch,
     assert re.search(reason, backends.missing("cpu"))
 
 
+@pytest.mark.parametrize("has_bias", (False, True))
+def test_a_try_is_like_the_call_that_it_is_for(has_bias, monkeypatch):
+    """So that one kernel is compiled before the first answer, not two."""
+    cpu = backends.load("cpu")
+    monkeypatch.setattr(backends, "_tried", {})
+    tried = []
+    attention = cpu.attention
+    monkeypatch.setattr(cpu, "attention", lambda problem: tried.append(problem) or attention(problem))
+    flash_dmattn_func(
+        *torch.randn(3, 1, 5, 2, 24, dtype=torch.bfloat16), attn_bias=torch.zeros(1, 1, 1, 5) if has_bias else None
+    )
+    assert [(x.query.dtype, x.query.size(3), x.bias is not None) for x in tried] == 2 * [(torch.bfloat16, 24, has_bias)]
+
+
 def test_a_try_leaves_nothing_behind_that_breaks_tracing():
     code = "import flash_dmattn, torch; flash_dmattn.get_available_backends()"
     code += "\nwith torch._subclasses.FakeTensorMode(): pass"

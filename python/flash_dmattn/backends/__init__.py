@@ -16,6 +16,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "flex", "cpu")
 
@@ -41,10 +42,11 @@ def load(name: str) -> ModuleType:
     return cpu
 
 
-def missing(name: str, device: str | None = None) -> str | None:
+def missing(name: str, device: str | None = None, query: Tensor | None = None, has_bias: bool = True) -> str | None:
     """What keeps the backend from running on this type of device, None: its usual one; None if nothing does.
 
     The first time that takes a try, which loads the backend's compiler and the driver of its device.
+    query, has_bias: of the call that asks.
     """
     backend = load(name)
     reason: str | None = backend.MISSING
@@ -57,7 +59,7 @@ def missing(name: str, device: str | None = None) -> str | None:
             return None
         from .self_check import failure
 
-        found = failure(backend, device)
+        found = failure(backend, device, query, has_bias)
         _tried[name, device] = found and f"the {name} backend is missing: {found}"
     return _tried[name, device]
 

@@ -1,4 +1,8 @@
-"""A try of a backend: attention so small that its answer is a few lines of float64."""
+"""A try of a backend: attention so small that its answer is a few lines of float64.
+
+Where it is tried for a call, it takes that call's dtype, head dim and kind of bias: a backend that compiles its kernels
+has most often compiled the call's own then.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,22 @@ import threading
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..problem import Problem
 
 
-def failure(backend: ModuleType, device: str) -> str | None:
-    """What went wrong, or None."""
+def failure(backend: ModuleType, device: str, query: Tensor | None = None, has_bias: bool = True) -> str | None:
+    """What went wrong, or None. query, has_bias: of the call that it is tried for."""
+    dtype = query.dtype if query is not None and query.dtype in backend.DTYPES else backend.DTYPES[0]
+    head_dim = min(max(1, query.size(3)), 256) if query is not None else 16
     # One GPU that works is enough.
     devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if device == "cuda" else [device]
     failures: list[str | None] = []
 
     def try_until_one_works() -> None:
         for each in devices:
-            failures.append(_failure(backend, each))
+            failures.append(_failure(backend, each, dtype, head_dim, has_bias))
             if failures[-1] is None:
                 return
 
@@ -33,21 +40,21 @@ def failure(backend: ModuleType, device: str) -> str | None:
     return None if None in failures else failures[0]
 
 
-def _failure(backend: ModuleType, device: str) -> str | None:
-    dtype = backend.DTYPES[0]
-    query = torch.linspace(-1, 1, 2 * 2 * 16).view(1, 2, 2, 16).to(dtype)
-    key = torch.linspace(1, -0.5, 3 * 16).view(1, 3, 1, 16).to(dtype)
-    value = torch.linspace(-1, 0.5, 3 * 16).view(1, 3, 1, 16).to(dtype)
-    bias = torch.tensor([0.5, -0.25, 1.0])
+def _failure(backend: ModuleType, device: str, dtype: torch.dtype, head_dim: int, has_bias: bool) -> str | None:
+    query = torch.linspace(-1, 1, 2 * 2 * head_dim).view(1, 2, 2, head_dim).to(dtype)
+    key = torch.linspace(1, -0.5, 3 * head_dim).view(1, 3, 1, head_dim).to(dtype)
+    value = torch.linspace(-1, 0.5, 3 * head_dim).view(1, 3, 1, head_dim).to(dtype)
+    bias = torch.tensor([0.5, -0.25, 1.0]) if has_bias else torch.zeros(3)
 
-    scores = query[0].double() @ key[0, :, 0].double().T / 4 + bias.double()  # (queries, heads, keys)
+    scores = query[0].double() @ key[0, :, 0].double().T / head_dim + bias.double()  # (queries, heads, keys)
     scores[0, :, 2] = -torch.inf  # causal: the first of two queries does not see the last of three keys
     expected = scores.softmax(-1) @ value[0, :, 0].double()
 
     try:
         problem = Problem(
-            query.to(device), key.to(device), value.to(device), None, bias.view(1, 1, 1, 3).to(device), None, None,
-            scale=0.25, softcap=0.0, is_causal=True, deterministic=False,
+            query.to(device), key.to(device), value.to(device), None,
+            bias.view(1, 1, 1, 3).to(device) if has_bias else None, None, None,
+            scale=1 / head_dim, softcap=0.0, is_causal=True, deterministic=False,
         )  # fmt: skip
         out = backend.attention(problem)[0].cpu().double()
     except Exception as error:
