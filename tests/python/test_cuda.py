@@ -413,10 +413,11 @@ def test_dtypes_that_have_no_kernels(dtype):
 
 
 def test_auto_takes_each_dtype_to_a_backend_that_takes_it():
-    assert _best_backend(random(0, 1, 8, 2, 16)) == "cuda"
-    assert _best_backend(random(0, 1, 8, 2, 16, dtype=torch.float32)) == ("triton" if TRITON_AVAILABLE else "flex")
+    wide = random(0, 1, 8, 2, 16, dtype=torch.float32)
+    assert _best_backend(random(0, 1, 8, 2, 16), has_bias=False) == "cuda"
+    assert _best_backend(wide, has_bias=False) == ("triton" if TRITON_AVAILABLE else "flex")
     with torch.autocast("cuda"):
-        assert _best_backend(random(0, 1, 8, 2, 16, dtype=torch.float32)) == "cuda"
+        assert _best_backend(wide, has_bias=False) == "cuda"
     inputs = [random(seed, 1, 8, 2, 16) for seed in range(3)]
     assert torch.equal(flash_dmattn_func_auto()(*inputs, is_causal=True), flash_dmattn_func(*inputs, is_causal=True))
 

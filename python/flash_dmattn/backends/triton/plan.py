@@ -19,7 +19,7 @@ from ... import operators
 from ...problem import Problem
 from .tiles import KEY_BIAS, LOG2_E, NO_BIAS, PAIR_BIAS, to_base_2
 
-BLOCK_CANDIDATES = 2048  # a run's, for windows up to 1024 or so, at once
+BLOCK_CANDIDATES = 1024
 BLOCK_PACKED = 128
 BLOCK_BIAS = 512
 
@@ -165,7 +165,7 @@ def make_lists(mask: Mask, problem: Problem, layout: Layout, run_rows: int) -> L
     _list_keys[(rows * runs,)](
         source, mask.end if mask.end is not None else keys, keys, counts, runs, run_rows, capacity, layout.group,
         layout.query_len, layout.key_len, chunk, slots, triton.cdiv(layout.key_len, chunk) if chunk else 0,
-        CAUSAL=problem.is_causal, SURVIVORS=mask.survivors is not None, BLOCK=BLOCK_CANDIDATES, num_warps=8,
+        CAUSAL=problem.is_causal, SURVIVORS=mask.survivors is not None, BLOCK=BLOCK_CANDIDATES,
     )  # fmt: skip
     return Lists(keys, counts, runs, capacity)
 
