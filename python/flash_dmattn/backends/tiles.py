@@ -213,8 +213,9 @@ def make_blocks(tiles: Tiles, cut: Cut, *, backward: bool) -> Blocks:
         visible = _heads_at(visible, 1, tiles.query.size(1))
         some = some & (visible > 0)
         full = full & (visible == BLOCK * min(BLOCK, tiles.mask.size(3)))
-    blocks = torch.stack((some & ~full, some & full))
-    return Blocks(*_lists(blocks), *_lists(blocks.mT)) if backward else Blocks(*_lists(blocks))
+    partial, full = some & ~full, some & full
+    lists = *_list(partial), *_list(full)
+    return Blocks(*lists, *_list(partial.mT), *_list(full.mT)) if backward else Blocks(*lists)
 
 
 def _visible_pairs(mask: Tensor) -> Tensor:
@@ -223,19 +224,13 @@ def _visible_pairs(mask: Tensor) -> Tensor:
     return mask.unflatten(3, (-1, columns)).unflatten(2, (-1, BLOCK)).sum((3, 5), dtype=torch.int32)
 
 
-def _lists(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of partial and of full blocks: how many of the last dimension there are, and which; those come first, in order.
+def _list(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the last dimension are True, and which: those come first, in order.
 
     Contiguous: FlexAttention's kernels do not look at the stride of a list.
     """
-    blocks = blocks.contiguous()
-    column = torch.arange(blocks.size(-1), dtype=torch.int32, device=blocks.device)
-    so_far = blocks.cumsum(-1, dtype=torch.int32)
-    counts = so_far[..., -1].contiguous()
-    place = torch.where(blocks, so_far - 1, counts[..., None] + (column - so_far))
-    order = torch.empty(blocks.shape, dtype=torch.int32, device=blocks.device)
-    order.scatter_(-1, place.long(), column.expand_as(order))
-    return counts[0], order[0], counts[1], order[1]
+    order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32).contiguous(), order.to(torch.int32).contiguous()
 
 
 def _intervals(problem: Problem, first_position: int) -> tuple[Tensor, Tensor]:
