@@ -63,6 +63,11 @@ class Mask(NamedTuple):
     bits: Tensor | None  # (batch, heads, ceil(Q / 32), K) int32: bit i of a word is its i-th query
     hidden: Tensor | None  # (batch, heads, Q, 1) bool: queries that see something
 
+    @property
+    def batch_rows(self) -> int:
+        """From one batch entry's rows to the next one's; 0 where they share them."""
+        return self.heads if self.batch > 1 else 0
+
 
 class Lists(NamedTuple):
     keys: Tensor  # (mask rows, runs | 1, capacity) int32
@@ -323,7 +328,7 @@ def key_bias_arguments(problem: Problem, layout: Layout, mask: Mask, lists: List
     strides = broadcast_strides(bias)
     _list_bias[(rows * runs * blocks,)](
         bias.detach(), made if lists is None else lists.keys, made if lists is None else lists.counts, made,
-        strides[0], strides[1], strides[3], bias.size(1), layout.units, mask.heads, mask.heads if mask.batch > 1 else 0,
+        strides[0], strides[1], strides[3], bias.size(1), layout.units, mask.heads, mask.batch_rows,
         runs, blocks, capacity,
         LISTED=lists is not None, COUNTED=lists is not None and lists.runs == runs, BLOCK=BLOCK_BIAS,
     )  # fmt: skip
@@ -406,7 +411,7 @@ def kernel_arguments(problem: Problem, layout: Layout, mask: Mask, lists: Lists 
         "units": layout.units,
         "bias_heads": 1 if bias is None else bias.size(1),
         "mask_heads": mask.heads,
-        "mask_b": mask.heads if mask.batch > 1 else 0,
+        "mask_b": mask.batch_rows,
         "query_len": layout.query_len,
         "key_len": layout.key_len,
         "runs": 1 if lists is None else lists.runs,
