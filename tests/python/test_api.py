@@ -128,7 +128,7 @@ def test_a_backend_that_does_not_work_is_missing(attention, reason, monkeypatch,
 
 @pytest.mark.parametrize("has_bias", (False, True))
 def test_a_try_is_like_the_call_that_it_is_for(has_bias, monkeypatch):
-    """So that one kernel is compiled before the first answer, not two."""
+    """What a backend compiles for a dtype, head dim and kind of bias serves both."""
     cpu = backends.load("cpu")
     monkeypatch.setattr(backends, "_tried", {})
     tried = []

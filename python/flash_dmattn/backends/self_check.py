@@ -1,7 +1,7 @@
 """A try of a backend: attention so small that its answer is a few lines of float64.
 
-Where it is tried for a call, it takes that call's dtype, head dim and kind of bias: a backend that compiles its kernels
-has most often compiled the call's own then.
+Where it is tried for a call, it takes that call's dtype, head dim and kind of bias: what a backend compiles for these
+serves the call, too. A kernel for few queries need not be that for many.
 """
 
 from __future__ import annotations
