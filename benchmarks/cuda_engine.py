@@ -450,7 +450,7 @@ def attend(length, **options):
     return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 one = torch.ones(1, device="cuda", requires_grad=True)
 torch.autograd.grad(one * one, one, one)  # PyTorch's own first time: with a gradient given, it imports much
-print(*attend(512), *attend(768))
+print(*attend(8192), *attend(12000))
 """
 
 
