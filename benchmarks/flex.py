@@ -78,10 +78,15 @@ def dynamic(length: int = 32768) -> Rows:
         def lists_for_training(problem: object = problem) -> object:
             return make_blocks(*make_tiles(problem), backward=True)
 
+        made_tiles = make_tiles(problem)
         yield result(
-            f"{name}, tiles and lists of blocks, {way}", median_ms(lists),
+            f"{name}, lists of blocks (BlockMask) of tiles, {way}",
+            median_ms(lambda made_tiles=made_tiles: make_blocks(*made_tiles, backward=False)),
             peers=peers({"create_block_mask": lambda: create_block_mask(is_visible, 1, HEADS, length, length)}),
         )  # fmt: skip
+        ms = median_ms(lambda made_tiles=made_tiles: make_blocks(*made_tiles, backward=True))
+        yield result(f"{name}, lists of blocks (BlockMask) of tiles, those of the backward pass, too, {way}", ms)
+        yield result(f"{name}, tiles and lists of blocks, {way}", median_ms(lists))
         yield result(
             f"{name}, tiles and lists of blocks, those of the backward pass, too, {way}", median_ms(lists_for_training)
         )

@@ -213,9 +213,9 @@ def make_blocks(tiles: Tiles, cut: Cut, *, backward: bool) -> Blocks:
         visible = _heads_at(visible, 1, tiles.query.size(1))
         some = some & (visible > 0)
         full = full & (visible == BLOCK * min(BLOCK, tiles.mask.size(3)))
-    partial, full = some & ~full, some & full
-    lists = *_list(partial), *_list(full)
-    return Blocks(*lists, *_list(partial.mT), *_list(full.mT)) if backward else Blocks(*lists)
+    full = some & full
+    blocks = torch.stack((some ^ full, full))
+    return Blocks(*_lists(blocks), *_lists(blocks.mT)) if backward else Blocks(*_lists(blocks))
 
 
 def _visible_pairs(mask: Tensor) -> Tensor:
@@ -224,13 +224,14 @@ def _visible_pairs(mask: Tensor) -> Tensor:
     return mask.unflatten(3, (-1, columns)).unflatten(2, (-1, BLOCK)).sum((3, 5), dtype=torch.int32)
 
 
-def _list(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the last dimension are True, and which: those come first, in order.
+def _lists(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of partial and of full blocks: how many of the last dimension there are, and which: those come first, in order.
 
     Contiguous: FlexAttention's kernels do not look at the stride of a list.
     """
-    order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return blocks.sum(-1, dtype=torch.int32).contiguous(), order.to(torch.int32).contiguous()
+    order = blocks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True).to(torch.int32).contiguous()
+    counts = blocks.sum(-1, dtype=torch.int32).contiguous()
+    return counts[0], order[0], counts[1], order[1]
 
 
 def _intervals(problem: Problem, first_position: int) -> tuple[Tensor, Tensor]:
