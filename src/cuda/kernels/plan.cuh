@@ -49,6 +49,14 @@ struct Plan {
   int end_of(int b, int unit, int key) const {
     return end ? end[b * end_batch + unit * end_unit + key * end_key] : kLargest;
   }
+  /// Whether the dynamic mask lets any query see a key of a KV head. Of one that it does not, the gradients are zero.
+  bool is_seen(const Shape& shape, int b, int kv_head, int key) const {
+    if (!end) return true;
+    const int units = shape.units() / shape.kv_heads, first = most(start_of(key), shape.first_position());
+    bool seen = false;
+    for (int unit = kv_head * units; unit < (kv_head + 1) * units; ++unit) seen |= end_of(b, unit, key) > first;
+    return seen;
+  }
   /// Whether the mask hides a query from every key.
   bool is_hidden(int b, int unit, int query) const {
     return visible_rows && !visible_rows[b * rows_batch + unit * rows_unit + query * rows_query];

@@ -99,13 +99,14 @@ class Pass {
     grad_value_out_ = aligned_output(input_gradient_.value, stream_);
     if (row_tiles_ > 0 && shape_.key_len > 0) {
       const MadePlan made = make_plan(problem_, shape_, run_, stream_);
+      plan_ = made.plan;
       key_tiles_have_one_block_ = !made.plan.lists && made.plan.runs == 1 && shape_.units() == shape_.kv_heads;
       allocate_sums();
       read_rows();
       add_up(made);
     } else {
       allocate_sums();
-      stream_.zero(grad_query_, static_cast<std::size_t>(sum_count_) * sizeof(float));
+      stream_.zero(sums_.data, static_cast<std::size_t>(sums_.all) * sizeof(float));
     }
     write_gradients();
   }
@@ -142,9 +143,8 @@ class Pass {
 
   void allocate_sums() {
     const i64 query = row_tiles_ * blocks_.query_tile.size();
-    const i64 key = key_tiles_have_one_block_
-                        ? 0
-                        : static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads * blocks_.tiles.dim;
+    const i64 key_rows =
+        key_tiles_have_one_block_ ? 0 : static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads;
     i64 bias = 0;
     if (bias_.gradient) {
       const View<4>& gradient = *bias_.gradient;
@@ -153,11 +153,13 @@ class Pass {
       else if (!is_contiguous(gradient) || (gradient.dtype != DType::float32 && bias_.is_shared))
         bias = product(gradient.size);
     }
-    sum_count_ = round_up_wide(query + 2 * key + bias, 4);
-    grad_query_ = stream_.allocate_array<float>(static_cast<std::size_t>(sum_count_));
-    grad_key_ = grad_query_ + query;
-    grad_value_ = grad_key_ + key;
-    bias_sums_ = grad_value_ + key;
+    sums_ = {.data = nullptr,
+             .query = query,
+             .key_rows = key_rows,
+             .padded_dim = blocks_.tiles.dim,
+             .all = round_up_wide(query + 2 * key_rows * blocks_.tiles.dim + bias, 4)};
+    sums_.data = stream_.allocate_array<float>(static_cast<std::size_t>(sums_.all));
+    bias_sums_ = sums_.grad_bias();
     if (bias_.gradient && bias_.kind == BiasKind::full && bias == 0) {
       const View<4>& gradient = *bias_.gradient;
       bias_sums_ = gradient.dtype == DType::float32 ? static_cast<float*>(gradient.data) : nullptr;
@@ -173,8 +175,8 @@ class Pass {
     grad_out_ = is_hopper_ ? boxed_input(output_gradient_.out, stream_) : aligned_input(output_gradient_.out, stream_);
     stream_.launch(rows_kernel("BackwardRows", options_.number), {static_cast<unsigned>(row_tiles_)}, kRowThreads, 0,
                    BackwardRowsParams{.shape = shape_,
-                                      .sums = grad_query_,
-                                      .sum_count = sum_count_,
+                                      .plan = plan_,
+                                      .sums = sums_,
                                       .tile_rows = blocks_.tiles.rows,
                                       .tile_positions = tile_positions_,
                                       .tiles = tiles_,
@@ -201,9 +203,9 @@ class Pass {
     params.bias = scores.bias;
     params.logits = scores.logits;
     params.factor = scores.logits.factor * static_cast<float>(scores.logits.sign);
-    params.grad_query = grad_query_;
-    params.grad_key = grad_key_;
-    params.grad_value = grad_value_;
+    params.grad_query = sums_.data;
+    params.grad_key = sums_.grad_key();
+    params.grad_value = sums_.grad_value();
     if (key_tiles_have_one_block_) {
       params.key_out = grad_key_out_;
       params.value_out = grad_value_out_;
@@ -277,7 +279,7 @@ class Pass {
                    QueryGradientParams{.shape = shape_,
                                        .tile_positions = tile_positions_,
                                        .tiles = tiles_,
-                                       .sums = grad_query_,
+                                       .sums = sums_.data,
                                        .out = query,
                                        .scale = scale});
     const i64 keys = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads;
@@ -285,9 +287,8 @@ class Pass {
       stream_.launch(rows_kernel("WriteKeyGradients", options_.number), {blocks_of(keys * blocks_.tiles.dim / 16)},
                      kRowThreads, 0,
                      KeyGradientsParams{.shape = shape_,
-                                        .padded_dim = blocks_.tiles.dim,
-                                        .grad_key = grad_key_,
-                                        .grad_value = grad_value_,
+                                        .plan = plan_,
+                                        .sums = sums_,
                                         .key_out = grad_key_out_,
                                         .value_out = grad_value_out_,
                                         .scale = scale});
@@ -353,8 +354,9 @@ class Pass {
   u16* bias_numbers_ = nullptr;  ///< in place of sums
   Rows grad_key_out_{}, grad_value_out_{};
   bool key_tiles_have_one_block_ = false;  ///< which then has all of their dK and dV
-  i64 sum_count_;
-  float *grad_query_, *grad_key_, *grad_value_, *bias_sums_;
+  Plan plan_{};
+  GradientSums sums_{};
+  float* bias_sums_ = nullptr;
   float *lse_ = nullptr, *delta_ = nullptr;
   Rows grad_out_{};
 };

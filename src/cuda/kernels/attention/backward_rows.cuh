@@ -60,10 +60,37 @@ struct BackwardRows {
   static constexpr int kBatch = 2;
 
   static void write_zeros(const Params& params) {
-    const i64 count = params.sum_count / 4;
+    const GradientSums& sums = params.sums;
+    zero(sums.data, sums.query);
+    zero(sums.grad_bias(), sums.data + sums.all - sums.grad_bias());
+    zero_keys(params);
+  }
+  /// The block's part of them.
+  static void zero(float* sums, i64 count) {
+    count /= 4;
     const i64 part = (count + grid_blocks() - 1) / grid_blocks(), first = part * block_index();
-    Floats* const sums = reinterpret_cast<Floats*>(params.sums);
-    for (i64 i = first + thread_index(); i < least<i64>(first + part, count); i += kThreads) sums[i] = Floats{};
+    for (i64 i = first + thread_index(); i < least<i64>(first + part, count); i += kThreads)
+      reinterpret_cast<Floats*>(sums)[i] = Floats{};
+  }
+  static void zero_keys(const Params& params) {
+    const GradientSums& sums = params.sums;
+    const Shape& shape = params.shape;
+    const i64 part = (sums.key_rows + grid_blocks() - 1) / grid_blocks(), first = part * block_index();
+    const int rows = static_cast<int>(least(part, sums.key_rows - first)), width = sums.padded_dim / 4;
+    if (rows <= 0) return;
+    // From the first row on, in 32 bits.
+    const int first_head = static_cast<int>(first % shape.kv_heads);
+    const int first_key = static_cast<int>(first / shape.kv_heads % shape.key_len);
+    const int first_batch = static_cast<int>(first / shape.kv_heads / shape.key_len);
+    Floats* const grad_key = reinterpret_cast<Floats*>(sums.grad_key()) + first * width;
+    Floats* const grad_value = reinterpret_cast<Floats*>(sums.grad_value()) + first * width;
+#pragma unroll 4
+    for (int i = thread_index(); i < rows * width; i += kThreads) {
+      const int head = first_head + i / width, key = first_key + head / shape.kv_heads;
+      const int b = first_batch + key / shape.key_len;
+      if (!params.plan.is_seen(shape, b, head % shape.kv_heads, key % shape.key_len)) continue;
+      grad_key[i] = grad_value[i] = Floats{};
+    }
   }
 
   /// What a thread has of a row: eight columns, and the first one its numbers.
@@ -141,16 +168,17 @@ struct WriteKeyGradients {
 
   static void run(const Params& params, char*) {
     const Shape& shape = params.shape;
-    const int groups = params.padded_dim / 16;
+    const int groups = params.sums.padded_dim / 16;
     const i64 index = static_cast<i64>(block_index()) * kThreads + thread_index(), row = index / groups;
     const int column = static_cast<int>(index % groups) * 16;
     const int head = static_cast<int>(row % shape.kv_heads);
     const int key = static_cast<int>(row / shape.kv_heads % shape.key_len);
     const int b = static_cast<int>(row / shape.kv_heads / shape.key_len);
     if (b >= shape.batch) return;
+    const bool is_seen = params.plan.is_seen(shape, b, head, key);
     const auto write = [&](const float* sums, const Rows& out, float scale) {
-      Chunk chunks[2];
-      for (int i = 0; i < 4; ++i) {
+      Chunk chunks[2]{};
+      for (int i = 0; is_seen && i < 4; ++i) {
         const Floats sum = reinterpret_cast<const Floats*>(sums + index * 16)[i];
         for (int j = 0; j < 2; ++j) chunks[j].words[i] = pack<T>(sum.x[2 * j] * scale, sum.x[2 * j + 1] * scale);
       }
@@ -158,8 +186,8 @@ struct WriteKeyGradients {
       for (int j = 0; j < 2; ++j)
         if (column + j * kChunk < shape.head_dim) reinterpret_cast<Chunk*>(row)[j] = chunks[j];
     };
-    write(params.grad_key, params.key_out, params.scale);
-    write(params.grad_value, params.value_out, 1);
+    write(params.sums.grad_key(), params.key_out, params.scale);
+    write(params.sums.grad_value(), params.value_out, 1);
   }
 };
 

@@ -6,11 +6,24 @@
 
 namespace flash_dmattn::cuda {
 
+/// The float32 sums of the gradients, one after the other. Those of keys that nobody sees are neither written nor read.
+struct GradientSums {
+  float* data;
+  i64 query;       ///< how many there are of dQ
+  i64 key_rows;    ///< (B, K, Hk), of dK and then of dV; 0: they have no sums
+  int padded_dim;  ///< of such a row
+  i64 all;         ///< with those of the bias; a multiple of 4, as all are
+
+  float* grad_key() const { return data + query; }
+  float* grad_value() const { return grad_key() + key_rows * padded_dim; }
+  float* grad_bias() const { return grad_value() + key_rows * padded_dim; }
+};
+
 /// What the pass needs to know of each row; and where its sums begin, with zeros.
 struct BackwardRowsParams {
   Shape shape;
-  float* sums;
-  i64 sum_count;                         ///< a multiple of 4
+  Plan plan;
+  GradientSums sums;
   int tile_rows, tile_positions, tiles;  ///< tiles: of a unit
   Rows out, grad_out;
   RowNumbers lse, grad_lse;   ///< grad_lse: its data null where there is none
@@ -46,8 +59,8 @@ struct QueryGradientParams {
 
 struct KeyGradientsParams {
   Shape shape;
-  int padded_dim;
-  const float *grad_key, *grad_value;
+  Plan plan;
+  GradientSums sums;
   Rows key_out, value_out;
   float scale;
 };
