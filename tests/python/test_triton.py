@@ -167,8 +167,10 @@ def test_cuda_graph(query_len):
         )
         return [*outs, *torch.autograd.grad(sum(out.sum() for out in outs), (query, key, value, bias))]
 
-    # Leaves belong to the stream of their first use.
-    with torch.cuda.stream(torch.cuda.Stream()):
+    # Leaves belong to the stream of their first use, which has to wait for what made them.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         expected = step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

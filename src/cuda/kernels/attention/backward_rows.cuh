@@ -84,7 +84,7 @@ struct BackwardRows {
     const int first_batch = static_cast<int>(first / shape.kv_heads / shape.key_len);
     Floats* const grad_key = reinterpret_cast<Floats*>(sums.grad_key()) + first * width;
     Floats* const grad_value = reinterpret_cast<Floats*>(sums.grad_value()) + first * width;
-#pragma unroll 4
+#pragma unroll 1
     for (int i = thread_index(); i < rows * width; i += kThreads) {
       const int head = first_head + i / width, key = first_key + head / shape.kv_heads;
       const int b = first_batch + key / shape.key_len;
