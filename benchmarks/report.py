@@ -39,7 +39,7 @@ def cuda_figures(recorded: dict) -> str:
     described = (
         f"{machine['gpu']}, driver {machine['driver']}, PyTorch {machine['torch']}, CUDA {machine['cuda']}, "
         f"{machine['date']}, commit {machine['commit'][:10]}; {machine['shape']}. SDPA is dense and causal, without a "
-        "bias; FlexAttention has the same mask and bias. TFLOP/s count visible pairs only."
+        "bias; FlexAttention is the `flex` backend, with the same mask and bias. TFLOP/s count visible pairs only."
     )
     return "\n".join((described, "", *figures_and_peers(recorded, "this library")))
 
