@@ -45,8 +45,8 @@ def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
     """The median of some samples, each of as many calls as take about 2 ms."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def sample(calls: int) -> float:
-        torch.cuda._sleep(4_000_000)  # about 2 ms, in which the host queues calls
+    def sample(calls: int, wait_ms: float) -> float:
+        torch.cuda._sleep(int(2e6 * wait_ms))  # cycles, while the host queues calls
         start.record()
         for _ in range(calls):
             function()
@@ -56,8 +56,12 @@ def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
 
     for _ in range(2):
         function()
-    calls = min(50, max(1, round(2 / sample(1))))
-    return statistics.median(sample(calls) for _ in range(repeats))
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    function()
+    host_ms = 1e3 * (time.perf_counter() - began)
+    calls = min(50, max(1, round(2 / sample(1, 2 + 2 * host_ms))))
+    return statistics.median(sample(calls, 2 + 2 * host_ms * calls) for _ in range(repeats))
 
 
 def in_graph(function: Callable[[], Tensor]) -> Callable[[], object]:
@@ -368,16 +372,18 @@ def without_default_device() -> Iterator[None]:
         torch.set_default_device("cuda")
 
 
-def host_us(call: Callable[[], object], *, gradients: bool = False) -> float:
-    samples = []
+def host_us(calls: dict[str, Callable[[], object]], *, gradients: bool = False) -> dict[str, float]:
+    """Of each call, in turn, as a processor's speed changes by half within seconds."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     with torch.set_grad_enabled(gradients):
-        for _ in range(20):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(50):
-                call()
-            samples.append((time.perf_counter() - start) / 50)
-    return 1e6 * statistics.median(samples[1:])
+        for _ in range(40):
+            for name, call in calls.items():
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                for _ in range(25):
+                    call()
+                samples[name].append((time.perf_counter() - start) / 25)
+    return {name: 1e6 * statistics.median(each[1:]) for name, each in samples.items()}
 
 
 def host() -> Rows:
@@ -426,12 +432,14 @@ def host() -> Rows:
         "flash_dmattn_func, dynamic mask": lambda: flash_dmattn_func(*leaves, made, leaf_bias),
     }
     with without_default_device():
-        for name, call in calls.items():
-            yield quantity(f"host time per call, {name}", host_us(call), "µs")
-        for name, call in with_gradients.items():
-            yield quantity(f"host time per call, {name}, with gradients", host_us(call, gradients=True), "µs")
-    for name in ("operator forward, causal", "flash_dmattn_func, causal"):
-        yield quantity(f"host time per call, {name}, under a default device", host_us(calls[name]), "µs")
+        figures = host_us(calls)
+        for name, us in host_us(with_gradients, gradients=True).items():
+            figures[f"{name}, with gradients"] = us
+    plain = "operator forward, causal", "flash_dmattn_func, causal"
+    for name, us in host_us({name: calls[name] for name in plain}).items():
+        figures[f"{name}, under a default device"] = us
+    for name, us in figures.items():
+        yield quantity(f"host time per call, {name}", us, "µs")
 
 
 FIRST_CALL = """

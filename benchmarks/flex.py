@@ -21,6 +21,7 @@ from cuda_engine import (
     Rows,
     Sdpa,
     error_of,
+    host_us,
     inputs,
     largest_error,
     main,
@@ -31,6 +32,7 @@ from cuda_engine import (
     scores,
     under,
     visible_pairs,
+    without_default_device,
     without_gradients,
 )
 from torch import Tensor
@@ -84,6 +86,9 @@ def dynamic(length: int = 32768) -> Rows:
             median_ms(lambda made_tiles=made_tiles: make_blocks(*made_tiles, backward=False)),
             peers=peers({"create_block_mask": lambda: create_block_mask(is_visible, 1, HEADS, length, length)}),
         )  # fmt: skip
+        with without_default_device():
+            (us,) = host_us({"": lambda made_tiles=made_tiles: make_blocks(*made_tiles, backward=False)}).values()
+        yield quantity(f"{name}, lists of blocks (BlockMask) of tiles, {way}, host time per call", us, "µs")
         ms = median_ms(lambda made_tiles=made_tiles: make_blocks(*made_tiles, backward=True))
         yield result(f"{name}, lists of blocks (BlockMask) of tiles, those of the backward pass, too, {way}", ms)
         yield result(f"{name}, tiles and lists of blocks, {way}", median_ms(lists))

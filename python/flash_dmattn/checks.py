@@ -8,22 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
+STRIDED = torch.strided
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Sizes(NamedTuple):
-    batch: int
-    query_len: int
-    key_len: int
-    heads: int
-    kv_heads: int
-    head_dim: int
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -33,7 +25,7 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 def check_tensor(name: str, value: Any, ndim: int, layout: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}; it takes a torch.Tensor {layout}")
-    if value.layout is not torch.strided:
+    if value.layout is not STRIDED:
         raise TypeError(f"{name} has layout {value.layout}; it takes a dense (torch.strided) tensor")
     if value.ndim != ndim:
         raise ValueError(f"{name} has shape {tuple(value.shape)}; it takes {ndim} dimensions {layout}")
@@ -60,17 +52,17 @@ def check_tensors(query: Any, key: Any, value: Any) -> None:
     check_tensor("value", value, 4, "(batch, key_len, kv_heads, head_dim)")
 
 
-def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
-    """query (B, Q, H, D), key and value (B, K, Hk, D); gives their sizes."""
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """query (B, Q, H, D), key and value (B, K, Hk, D)."""
     dtype, device = query.dtype, query.device
     check_dtype("query", query, FLOATING)
-    for name, tensor in (("key", key), ("value", value)):
-        if tensor.dtype != dtype or tensor.device != device:
+    if not (key.dtype == dtype == value.dtype and key.device == device == value.device):
+        for name, tensor in (("key", key), ("value", value)):
             check_dtype(name, tensor, (dtype,))
             check_device(name, tensor, device, "query")
 
-    batch, query_len, heads, head_dim = query.shape
-    key_batch, key_len, kv_heads, key_head_dim = key_shape = key.shape
+    batch, _, heads, head_dim = query.shape
+    key_batch, _, kv_heads, key_head_dim = key_shape = key.shape
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"query has head_dim {head_dim}; it takes 1 to {MAX_HEAD_DIM}")
     if key_batch != batch or key_head_dim != head_dim:
@@ -82,18 +74,19 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> Sizes:
         raise ValueError(f"key has {kv_heads} heads; it takes a number that divides query's {heads}")
     if value.shape != key_shape:
         raise ValueError(f"value has shape {tuple(value.shape)}; it takes key's {tuple(key_shape)}")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.stride()[3] != 1 and head_dim > 1:
-            raise ValueError(
-                f"{name} has strides {tensor.stride()}; it takes a contiguous last dimension (stride 1), "
-                f"which {name}.contiguous() gives"
-            )
-    return Sizes(batch, query_len, key_len, heads, kv_heads, head_dim)
+    if not (query.stride()[3] == key.stride()[3] == value.stride()[3] == 1) and head_dim > 1:
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if tensor.stride()[3] != 1:
+                raise ValueError(
+                    f"{name} has strides {tensor.stride()}; it takes a contiguous last dimension (stride 1), "
+                    f"which {name}.contiguous() gives"
+                )
 
 
-def check_shape(name: str, shape: tuple[int, ...], sizes: Sizes, *, broadcast: bool = True) -> None:
+def check_shape(name: str, shape: tuple[int, ...], query: Tensor, key: Tensor, *, broadcast: bool = True) -> None:
     """(B | 1, 1 | Hk | H, Q, K), where with `broadcast` Q and K may be 1."""
-    batch, query_len, key_len, heads, kv_heads, _ = sizes
+    batch, query_len, heads, _ = query.shape
+    _, key_len, kv_heads, _ = key.shape
     least_q, least_k = (1, 1) if broadcast else (query_len, key_len)
     b, h, q, k = shape
     if not (b in (1, batch) and h in (1, kv_heads, heads) and q in (least_q, query_len) and k in (least_k, key_len)):
@@ -102,26 +95,26 @@ def check_shape(name: str, shape: tuple[int, ...], sizes: Sizes, *, broadcast: b
         raise ValueError(f"{name} has shape {tuple(shape)}; it takes (batch, heads, query_len, key_len) = ({wanted})")
 
 
-def check_mask(mask: Any, query: Tensor, sizes: Sizes) -> None:
+def check_mask(mask: Any, query: Tensor, key: Tensor) -> None:
     """A dense attn_mask: any dtype with an order, any strides."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask is {type(mask).__name__}; it takes a torch.Tensor or a DynamicMask")
     check_tensor("attn_mask", mask, 4, "(batch, heads, query_len, key_len)")
     check_mask_dtype("attn_mask", mask)
-    check_shape("attn_mask", mask.shape, sizes)
+    check_shape("attn_mask", mask.shape, query, key)
     check_device("attn_mask", mask, query.device, "query")
 
 
-def check_dynamic_mask(mask: Any, query: Tensor, sizes: Sizes) -> None:
+def check_dynamic_mask(mask: Any, query: Tensor, key: Tensor) -> None:
     """A DynamicMask as attn_mask: made for this query and key length."""
-    check_shape("attn_mask (a DynamicMask)", mask.shape, sizes, broadcast=False)
+    check_shape("attn_mask (a DynamicMask)", mask.shape, query, key, broadcast=False)
     check_device("attn_mask", mask.end, query.device, "query")
 
 
-def check_bias(bias: Any, query: Tensor, sizes: Sizes) -> None:
+def check_bias(bias: Any, query: Tensor, key: Tensor) -> None:
     check_tensor("attn_bias", bias, 4, "(batch, heads, query_len, key_len)")
     check_dtype("attn_bias", bias, (query.dtype, torch.float32))
-    check_shape("attn_bias", bias.shape, sizes)
+    check_shape("attn_bias", bias.shape, query, key)
     check_device("attn_bias", bias, query.device, "query")
 
 

@@ -52,7 +52,7 @@ def make_problem(
     device = "cuda" if query.is_cuda else "cpu"
     if torch.is_autocast_enabled(device):
         query, key, value = (tensor.to(autocast_dtype(tensor, device)) for tensor in (query, key, value))
-    sizes = checks.check_inputs(query, key, value)
+    checks.check_inputs(query, key, value)
     checks.check_number("scale", scale, positive=False)
     checks.check_number("softcap", softcap, positive=True)
     checks.check_flag("is_causal", is_causal)
@@ -60,14 +60,14 @@ def make_problem(
 
     bias = mask = dynamic = None
     if attn_bias is not None:
-        checks.check_bias(attn_bias, query, sizes)
+        checks.check_bias(attn_bias, query, key)
         bias = _unexpand_bias(attn_bias)
     if isinstance(attn_mask, DynamicMask):
-        checks.check_dynamic_mask(attn_mask, query, sizes)
+        checks.check_dynamic_mask(attn_mask, query, key)
         dynamic = attn_mask.end, attn_mask.survivors
         causal = causal or attn_mask.is_causal
     elif attn_mask is not None:
-        checks.check_mask(attn_mask, query, sizes)
+        checks.check_mask(attn_mask, query, key)
         mask = _unexpand(attn_mask)
         mask = mask if mask.dtype == torch.bool else mask != 0
 
@@ -83,10 +83,10 @@ def make_problem(
             )
         score = _unexpand(bias.detach()) if bias.requires_grad else bias
         checks.check_no_nan("attn_bias", score)
-        mask, dynamic = _best_keys(score, mask, keep_window_size, sizes.query_len, sizes.key_len, causal)
+        mask, dynamic = _best_keys(score, mask, keep_window_size, query.size(1), key.size(1), causal)
 
     end, survivors = dynamic or (None, None)
-    scale = sizes.head_dim**-0.5 if scale is None else float(scale)
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     softcap = 0.0 if softcap is None else float(softcap)
     return Problem(query, key, value, mask, bias, end, survivors, scale, softcap, causal, bool(deterministic))
 

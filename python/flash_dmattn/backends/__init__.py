@@ -20,10 +20,17 @@ from torch import Tensor
 
 BACKENDS = ("cuda", "triton", "flex", "cpu")
 
+_loaded: dict[str, ModuleType] = {}
 _tried: dict[tuple[str, str], str | None] = {}
 
 
 def load(name: str) -> ModuleType:
+    if name not in _loaded:
+        _loaded[name] = _import(name)
+    return _loaded[name]
+
+
+def _import(name: str) -> ModuleType:
     # By statements, which torch.compile can trace.
     if name == "cuda":
         from . import cuda

@@ -7,6 +7,7 @@ inputs: what a backend compiles for the try serves most calls, too.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -51,12 +52,16 @@ def _failure(backend: ModuleType, device: str, dtype: torch.dtype, head_dim: int
     value = torch.linspace(-1, 0.5, key_len * head_dim).view(1, key_len, 1, head_dim).to(dtype)
     bias = torch.linspace(1, -1, key_len) if has_bias else torch.zeros(key_len)
 
-    # Some rows, and two KV heads: more would start threads and load libraries, which takes longer than the attention.
-    rows = torch.tensor([0, query_len // 2, query_len - 1])
-    scores = query[0, rows % 2].double() @ key[0, :, 0].double().T / head_dim + bias.double()  # (rows, heads, keys)
+    # Some rows, and two KV heads. Sums of products, as matrix products start threads and load libraries, which takes
+    # longer than the attention.
+    rows = [0, query_len // 2, query_len - 1]
+    keys, values = (x[0, :, 0].double() for x in (key, value))
+    scores = _each(query[0, [row % 2 for row in rows]].double(), lambda one: (keys * one).sum(-1))
+    scores = scores / head_dim + bias.double()  # (rows, heads, keys)
     # Causal: of a key more than queries the first query does not see the last but one, …
-    hidden = torch.arange(key_len) > rows[:, None, None] + 1
-    expected = scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value[0, :, 0].double()
+    hidden = torch.arange(key_len) > torch.tensor(rows)[:, None, None] + 1
+    probabilities = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+    expected = _each(probabilities, lambda one: (values * one[:, None]).sum(0))
 
     try:
         query = query.to(device).repeat(1, query_len // 2, kv_heads, 1)
@@ -65,7 +70,8 @@ def _failure(backend: ModuleType, device: str, dtype: torch.dtype, head_dim: int
             query, key, value, None, bias.view(1, 1, 1, -1).to(device) if has_bias else None, None, None,
             scale=1 / head_dim, softcap=0.0, is_causal=True, deterministic=False,
         )  # fmt: skip
-        out = backend.attention(problem)[0].cpu().unflatten(1, (kv_heads, 2))[rows][:, [0, -1]].double()
+        out = backend.attention(problem)[0]
+        out = torch.stack([out[row].cpu() for row in rows]).unflatten(1, (kv_heads, 2))[:, [0, -1]].double()
         difference = float((out - expected[:, None]).abs().max())
     except Exception as error:
         first_line = str(error).strip().partition("\n")[0]
@@ -74,3 +80,8 @@ def _failure(backend: ModuleType, device: str, dtype: torch.dtype, head_dim: int
     if not difference <= max(4 * torch.finfo(dtype).eps, 0 if device == "cpu" else 1e-5):
         return f"tried on {device}, its result differs from float64's by {difference:.2g}"
     return None
+
+
+def _each(vectors: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of each of (rows, heads, …)."""
+    return torch.stack([torch.stack([function(one) for one in row]) for row in vectors])
