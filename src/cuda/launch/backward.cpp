@@ -129,7 +129,7 @@ class Pass {
       return run > longest ||
              units * runs * divide_up_wide(keys, blocks_.tiles.keys) < kRounds * stream_.multiprocessors();
     };
-    while (tiles > least_tiles && is_too_long()) tiles = divide_up(tiles, 2);
+    while (tiles > least_tiles && is_too_long()) --tiles;
     return divide_up(all, divide_up(all, tiles));  // as many in each run
   }
   static constexpr int kRunRows = 1024, kShortRun = 512, kLongRun = 2048;  // the last two in positions
