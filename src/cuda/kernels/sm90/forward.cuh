@@ -70,22 +70,23 @@ struct HopperForward {
 
   enum NamedBarrier { kCopying = 1, kTurn = 2 };
 
-  /// Threads of a warp that between them read all numbers of a tile of keys; the last four read them last. They say so
-  /// themselves: racecheck does not see a sync_warp, which needs no instruction where a warp is together anyway.
-  static constexpr int kNumberReaders = 4;
+  /// Threads of a warp that between them read all numbers of a tile of keys, and of which one writes a row's lse; the
+  /// last four do so last. They say so themselves: racecheck does not see a sync_warp, which needs no instruction where
+  /// a warp is together anyway.
+  static constexpr int kLastReaders = 4;
 
   static void run(const Params& params, char* memory) {
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     if (thread_index() == 0) {
       for (int part = 0; part < params.query_parts; ++part) {
         init(shared.query_full[part], 1);
-        init(shared.query_empty[part], kConsumerWarps / params.query_parts);
+        init(shared.query_empty[part], kLastReaders * kConsumerWarps / params.query_parts);
       }
       const int copies = params.by_boxes ? 1 : kWarpgroup;
       for (int stage = 0; stage < kStages; ++stage) {
         init(shared.key_full[stage], kWarpgroup + copies);
         init(shared.value_full[stage], copies);
-        init(shared.key_empty[stage], kNumberReaders * kConsumerWarps);
+        init(shared.key_empty[stage], kLastReaders * kConsumerWarps);
         init(shared.value_empty[stage], kConsumerWarps);
       }
       fence_barriers();
@@ -356,7 +357,7 @@ struct HopperForward {
           if constexpr (kOptions.bias == BiasKind::full) put_bias_rows(work);
           attend(work, tiles, softmax);
         } else {
-          release(shared.query_empty[part]);
+          release<kLastReaders>(shared.query_empty[part]);
         }
         write(work, softmax);
       }
@@ -383,7 +384,7 @@ struct HopperForward {
 #pragma unroll 1
       for (int tile = 0; true; ++tile) {
         wait_products<1>();
-        if (tile + 1 == tiles) release(shared.query_empty[part]);
+        if (tile + 1 == tiles) release<kLastReaders>(shared.query_empty[part]);
         finish(s, tile < work.whole, tile >= tested);
         const bool moves = softmax.follow(s, scale);
         softmax.exponentiate(s);
@@ -450,7 +451,7 @@ struct HopperForward {
       if constexpr (kHasKeyBias) add_key_biases(s, numbers.bias, lane());
       if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, numbers, is_whole);
       if (is_tested) mask(s, numbers);
-      release<kNumberReaders>(shared.key_empty[ring.stage]);
+      release<kLastReaders>(shared.key_empty[ring.stage]);
     }
 
     /// Where the biases of this warp's rows begin.
