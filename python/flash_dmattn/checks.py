@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
-STRIDED = torch.strided
+STRIDED = torch.strided  # looked up once, as it is asked for in each call
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
