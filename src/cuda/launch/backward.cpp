@@ -122,14 +122,14 @@ class Pass {
                                                     : kLargest;
     const int all = std::max(divide_up(shape_.query_len, tile_positions_), 1);
     const int least_tiles = std::max(1, kRunRows / blocks_.tiles.rows);
-    int tiles = std::min(kMostRowTiles, all);
-    const auto is_too_long = [&] {
+    const i64 most_tiles = std::max<i64>(least_tiles, longest / tile_positions_);
+    int tiles = static_cast<int>(std::min<i64>(std::min(kMostRowTiles, all), most_tiles));
+    const auto leaves_little_work = [&] {
       const i64 run = static_cast<i64>(tiles) * tile_positions_, runs = divide_up_wide(shape_.query_len, run);
       const i64 keys = std::min<i64>(shape_.key_len, window + run);
-      return run > longest ||
-             units * runs * divide_up_wide(keys, blocks_.tiles.keys) < kRounds * stream_.multiprocessors();
+      return units * runs * divide_up_wide(keys, blocks_.tiles.keys) < kRounds * stream_.multiprocessors();
     };
-    while (tiles > least_tiles && is_too_long()) --tiles;
+    while (tiles > least_tiles && leaves_little_work()) --tiles;
     return divide_up(all, divide_up(all, tiles));  // as many in each run
   }
   static constexpr int kRunRows = 1024, kShortRun = 512, kLongRun = 2048;  // the last two in positions
