@@ -46,8 +46,8 @@ def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
     """The median of some samples, each of as many calls as take about 2 ms."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def sample(calls: int, wait_ms: float) -> float:
-        torch.cuda._sleep(int(2e6 * wait_ms))  # cycles, while the host queues calls
+    def sample(calls: int) -> float:
+        torch.cuda._sleep(int(4e6 * (1 + host_ms * calls)))  # 2e6 cycles, about 1 ms; the host queues calls
         start.record()
         for _ in range(calls):
             function()
@@ -61,8 +61,8 @@ def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
     began = time.perf_counter()
     function()
     host_ms = 1e3 * (time.perf_counter() - began)
-    calls = min(50, max(1, round(2 / sample(1, 2 + 2 * host_ms))))
-    return statistics.median(sample(calls, 2 + 2 * host_ms * calls) for _ in range(repeats))
+    calls = min(50, max(1, round(2 / sample(1))))
+    return statistics.median(sample(calls) for _ in range(repeats))
 
 
 def in_graph(function: Callable[[], Tensor]) -> Callable[[], object]:

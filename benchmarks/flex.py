@@ -41,7 +41,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from flash_dmattn import DynamicMask, flash_dmattn_func, flex_dmattn_func
 from flash_dmattn.backends import flex
-from flash_dmattn.backends.tiles import make_blocks, make_tiles
+from flash_dmattn.backends.tiles import Blocks, Cut, Tiles, make_blocks, make_tiles
 from flash_dmattn.problem import make_problem
 
 
@@ -80,23 +80,26 @@ def dynamic(length: int = 32768) -> Rows:
         def lists_for_training(problem: object = problem) -> object:
             return make_blocks(*make_tiles(problem), backward=True)
 
-        made_tiles = make_tiles(problem)
+        tiles, cut = make_tiles(problem)
+
+        def lists_of_tiles(backward: bool = False, tiles: Tiles = tiles, cut: Cut = cut) -> Blocks:
+            return make_blocks(tiles, cut, backward=backward)
+
         yield result(
             f"{name}, lists of blocks (BlockMask) of tiles, {way}",
-            median_ms(lambda made_tiles=made_tiles: make_blocks(*made_tiles, backward=False)),
+            median_ms(lists_of_tiles),
             peers=peers({"create_block_mask": lambda: create_block_mask(is_visible, 1, HEADS, length, length)}),
         )  # fmt: skip
         with without_default_device():
-            (us,) = host_us({"": lambda made_tiles=made_tiles: make_blocks(*made_tiles, backward=False)}).values()
+            (us,) = host_us({"": lists_of_tiles}).values()
         yield quantity(f"{name}, lists of blocks (BlockMask) of tiles, {way}, host time per call", us, "µs")
-        ms = median_ms(lambda made_tiles=made_tiles: make_blocks(*made_tiles, backward=True))
+        ms = median_ms(lambda lists_of_tiles=lists_of_tiles: lists_of_tiles(backward=True))
         yield result(f"{name}, lists of blocks (BlockMask) of tiles, those of the backward pass, too, {way}", ms)
         yield result(f"{name}, tiles and lists of blocks, {way}", median_ms(lists))
         yield result(
             f"{name}, tiles and lists of blocks, those of the backward pass, too, {way}", median_ms(lists_for_training)
         )
-        tiles, cut = make_tiles(problem)
-        blocks = make_blocks(tiles, cut, backward=False)
+        blocks = lists_of_tiles()
         run = without_gradients(lambda t=tiles, b=blocks, p=problem: flex._run(t, b, p.scale, p.softcap))
         yield result(f"{name}, FlexAttention's kernel, {way}", median_ms(run), pairs=pairs)
 

@@ -52,8 +52,8 @@ def _failure(backend: ModuleType, device: str, dtype: torch.dtype, head_dim: int
     value = torch.linspace(-1, 0.5, key_len * head_dim).view(1, key_len, 1, head_dim).to(dtype)
     bias = torch.linspace(1, -1, key_len) if has_bias else torch.zeros(key_len)
 
-    # Some rows, and two KV heads. Sums of products, as matrix products start threads and load libraries, which takes
-    # longer than the attention.
+    # Some rows, and two KV heads; a vector at a time, so few numbers that no threads start, and no matrix products, for
+    # which a library is loaded: both take longer than the attention.
     rows = [0, query_len // 2, query_len - 1]
     keys, values = (x[0, :, 0].double() for x in (key, value))
     scores = _each(query[0, [row % 2 for row in rows]].double(), lambda one: (keys * one).sum(-1))
