@@ -59,16 +59,19 @@ struct Case {
 };
 
 /// Holds every list of the plan against the definition. `exact`: no key is listed, and none is tested, in vain.
-void check_plan(Case& c, int run, int rows, EmulatedStream& stream, bool exact) {
+void check_plan(Case& c, int length, int rows, EmulatedStream& stream, bool exact) {
   const Problem problem = c.problem();
   const cuda::Shape shape = cuda::make_shape(problem, rows);
   const cuda::Test test = cuda::test_of(problem);
-  const auto [plan, longest] = cuda::make_plan(problem, shape, run, stream);
+  const auto runs = (c.Q % 2 == 0 ? cuda::Runs::short_first : cuda::Runs::short_last)(shape.query_len, length);
+  const auto [plan, longest] = cuda::make_plan(problem, shape, runs, stream);
+  CHECK(runs.first(0) == 0 && runs.stop(runs.count - 1) == c.Q);
   CHECK(shape.pack >= 1 && shape.pack <= rows && (c.H / c.Hk) % shape.pack == 0);
   int wrong = 0;
   for (int b = 0; b < c.B; ++b)
     for (int unit = 0; unit < shape.units(); ++unit)
-      for (int r = 0; r < plan.runs; ++r) {
+      for (int r = 0; r < plan.runs.count; ++r) {
+        CHECK(runs.size(r) > 0 && runs.size(r) <= length && (r == 0 || runs.first(r) == runs.stop(r - 1)));
         const cuda::KeyList list = plan.list(shape, b, unit, r);
         wrong += list.full < 0 || list.full > list.count || list.count > longest;
         if (wrong) break;
@@ -80,8 +83,8 @@ void check_plan(Case& c, int run, int rows, EmulatedStream& stream, bool exact) 
         }
         for (int key = 0; key < c.K; ++key) {
           bool in_vain = entry[key] >= 0, seen_by_all = true;
-          for (int i = 0; i < run && r * run + i < c.Q; ++i) {
-            const int q = r * run + i, p = q + shape.first_position();
+          for (int i = 0; i < runs.size(r); ++i) {
+            const int q = runs.first(r) + i, p = q + shape.first_position();
             bool seen = entry[key] >= 0 && !plan.is_hidden(b, unit, q);
             if (seen && entry[key] >= list.full) {
               const auto [start, end] = plan.interval(b, unit, key);
@@ -230,8 +233,9 @@ TEST(survivors_of_nonsense) {
     const Problem problem = c.problem();
     EmulatedStream stream;
     const cuda::Shape shape = cuda::make_shape(problem, 64);
-    const auto [plan, longest] = cuda::make_plan(problem, shape, static_cast<int>(random.pick({8, 64})), stream);
-    for (int r = 0; r < plan.runs; ++r) {
+    const auto [plan, longest] = cuda::make_plan(
+        problem, shape, cuda::Runs::short_first(shape.query_len, static_cast<int>(random.pick({8, 64}))), stream);
+    for (int r = 0; r < plan.runs.count; ++r) {
       const cuda::KeyList list = plan.list(shape, 0, 0, r);
       CHECK(list.full >= 0 && list.full <= list.count && list.count <= (longest + 127) / 128 * 128);
       for (int j = 0; j < list.count; ++j) CHECK(plan.key(list, j) >= 0 && plan.key(list, j) < c.K);
@@ -290,7 +294,8 @@ TEST(survivors_of_another_mask_are_refused) {
   c.survivors = Tensor<4>(DType::int32, {1, 1, 60, 8});
   const Problem problem = c.problem();
   EmulatedStream stream;
-  CHECK_REFUSED(cuda::make_plan(problem, cuda::make_shape(problem, 64), 8, stream), "survivors", "64 keys");
+  const auto runs = cuda::Runs::short_first(64, 8);
+  CHECK_REFUSED(cuda::make_plan(problem, cuda::make_shape(problem, 64), runs, stream), "survivors", "64 keys");
 }
 
 TEST(empty_problems_have_plans) {

@@ -98,9 +98,9 @@ class Pass {
     grad_key_out_ = aligned_output(input_gradient_.key, stream_);
     grad_value_out_ = aligned_output(input_gradient_.value, stream_);
     if (row_tiles_ > 0 && shape_.key_len > 0) {
-      const MadePlan made = make_plan(problem_, shape_, run_, stream_);
+      const MadePlan made = make_plan(problem_, shape_, Runs::short_last(shape_.query_len, run_), stream_);
       plan_ = made.plan;
-      key_tiles_have_one_block_ = !made.plan.lists && made.plan.runs == 1 && shape_.units() == shape_.kv_heads;
+      key_tiles_have_one_block_ = !made.plan.lists && made.plan.runs.count == 1 && shape_.units() == shape_.kv_heads;
       allocate_sums();
       read_rows();
       add_up(made);
@@ -243,7 +243,7 @@ class Pass {
 
   void launch(BackwardParams& params) {
     const i64 lists_of_run = static_cast<i64>(params.part.batches) * params.part.units;
-    const i64 lists = lists_of_run * params.plan.runs;
+    const i64 lists = lists_of_run * params.plan.runs.count;
     // Deterministic: lists of a KV head, whose keys may be the same, are in different groups.
     const bool in_turn = options_.deterministic && params.plan.lists;
     params.group = !in_turn ? kGroup : shape_.units() == shape_.kv_heads ? static_cast<int>(lists_of_run) : 1;

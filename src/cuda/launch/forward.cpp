@@ -45,8 +45,9 @@ void launch(const Problem& problem, const Output& output, Stream& stream) {
   ForwardConfig config = forward_config(options);
   Shape shape = make_shape(problem, options.rows);
   shape.head_dim = head_dim;
-  const MadePlan made = make_plan(problem, shape, options.rows / shape.pack, stream);
-  const i64 blocks = static_cast<i64>(made.plan.runs) * shape.units() * shape.batch;
+  const MadePlan made =
+      make_plan(problem, shape, Runs::short_first(shape.query_len, options.rows / shape.pack), stream);
+  const i64 blocks = static_cast<i64>(made.plan.runs.count) * shape.units() * shape.batch;
   const i64 key_tiles = divide_up_wide(made.longest, config.scores.keys);
   const i64 wanted = split_count(blocks, key_tiles, static_cast<i64>(stream.multiprocessors()) * config.blocks);
   const i64 split_tiles = std::max<i64>(divide_up_wide(key_tiles, wanted), 1);

@@ -54,7 +54,7 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
   const HopperForwardConfig config = hopper_forward_config(options);
   Shape shape = make_shape(problem, config.rows);
   shape.head_dim = options.head_dim;
-  const MadePlan made = make_plan(problem, shape, config.rows / shape.pack, stream);
+  const MadePlan made = make_plan(problem, shape, Runs::short_first(shape.query_len, config.rows / shape.pack), stream);
   const i64 works = count_works(shape, config);
   if (works > kLargest)
     throw InvalidArgument("query: is " + std::to_string(works) + " tiles of rows, takes at most 2147483647 on a GPU");
@@ -71,7 +71,7 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
                              .units_per_kv_head = shape.units() / shape.kv_heads,
                              .inverse_pack = static_cast<u32>((1 << 16) / shape.pack + 1),
                              .query_parts = query_parts,
-                             .part_positions = made.plan.run / query_parts,
+                             .part_positions = made.plan.runs.length / query_parts,
                              .by_boxes = !made.plan.positions && shape.key_len > 0 &&
                                          has_boxes(scores.key, problem.key) && has_boxes(value, problem.value),
                              .query_boxes = {},

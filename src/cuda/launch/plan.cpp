@@ -48,12 +48,11 @@ Grid grid_of(std::int64_t blocks) { return {static_cast<unsigned>(blocks)}; }
 /// A plan in the making.
 class Planner {
  public:
-  Planner(const Problem& problem, const Shape& shape, int run, Stream& stream)
+  Planner(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream)
       : sizes_(problem), masks_(problem), shape_(shape), stream_(stream) {
     if (problem.end) end_ = without_expand(*problem.end);
     if (problem.survivors) survivors_ = without_expand(*problem.survivors);
-    plan_.run = run;
-    plan_.runs = static_cast<int>(divide_up_wide(shape.query_len, run));
+    plan_.runs = runs;
     plan_.is_causal = problem.is_causal;
     longest_ = shape.key_len;
   }
@@ -134,20 +133,18 @@ class Planner {
   /// Room for the lists, to which the plan refers from now on.
   ListsParams make_room(std::int64_t positions) {
     const int list_units = list_heads_ == 1 ? 1 : shape_.units();
-    const std::int64_t lists = static_cast<std::int64_t>(list_batch_) * list_units * plan_.runs;
+    const std::int64_t lists = static_cast<std::int64_t>(list_batch_) * list_units * plan_.runs.count;
     auto* const made = stream_.allocate_array<KeyList>(static_cast<std::size_t>(lists));
     auto* const keys = stream_.allocate_array<int>(static_cast<std::size_t>(positions + kSlack));
     plan_.lists = made;
-    plan_.lists_unit = list_heads_ == 1 ? 0 : plan_.runs;
-    plan_.lists_batch = list_batch_ == 1 ? 0 : static_cast<i64>(list_units) * plan_.runs;
+    plan_.lists_unit = list_heads_ == 1 ? 0 : plan_.runs.count;
+    plan_.lists_batch = list_batch_ == 1 ? 0 : static_cast<i64>(list_units) * plan_.runs.count;
     plan_.positions = keys;
     return {.columns = masking<unsigned char>(masks_.columns),
             .end = masking<int>(end_),
             .heads = list_heads_,
             .copies = list_units / list_heads_,
-            .query_len = shape_.query_len,
             .key_len = shape_.key_len,
-            .run = plan_.run,
             .runs = plan_.runs,
             .is_causal = plan_.is_causal,
             .lists = made,
@@ -158,7 +155,7 @@ class Planner {
   /// Whether there are survivors, and they tell the length of their chunks. A window that is as long as the keys does
   /// not, for there are no more slots than keys.
   bool has_survivors() const {
-    if (!survivors_ || !end_ || !plan_.is_causal || plan_.run > SurvivorListsConfig::kLongestRun) return false;
+    if (!survivors_ || !end_ || !plan_.is_causal || plan_.runs.length > SurvivorListsConfig::kLongestRun) return false;
     const auto& size = survivors_->size;
     if (size[2] == 0 || size[3] == 0) return false;
     const auto fits = [&](int i, std::int64_t count) { return size[i] == 1 || size[i] == count; };
@@ -180,18 +177,18 @@ class Planner {
     list_for(survivors_);
     const int slots = static_cast<int>(survivors_->size[3]), chunk = static_cast<int>(survivor_chunk(slots));
     // A run sees what survives at its start, and its own keys.
-    longest_ = std::min<std::int64_t>(shape_.key_len, slots + plan_.run);
+    longest_ = std::min<std::int64_t>(shape_.key_len, slots + plan_.runs.length);
     const std::int64_t capacity = round_up_wide(longest_, kSlack);
-    const int runs_per_block = Config::runs_per_block(plan_.run, slots, chunk);
-    const SurvivorListsParams params{.lists = make_room(list_rows() * plan_.runs * capacity),
+    const int runs_per_block = Config::runs_per_block(plan_.runs.length, slots, chunk);
+    const SurvivorListsParams params{.lists = make_room(list_rows() * plan_.runs.count * capacity),
                                      .survivors = masking<int>(survivors_),
                                      .slots = slots,
                                      .chunk = chunk,
                                      .runs_per_block = runs_per_block,
-                                     .blocks = static_cast<int>(divide_up_wide(plan_.runs, runs_per_block)),
+                                     .blocks = static_cast<int>(divide_up_wide(plan_.runs.count, runs_per_block)),
                                      .capacity = static_cast<int>(capacity)};
     stream_.launch(kSurvivorLists, grid_of(list_rows() * params.blocks), Config::kThreads,
-                   Config::shared_bytes(plan_.run, runs_per_block), params);
+                   Config::shared_bytes(plan_.runs.length, runs_per_block), params);
   }
 
   void list_columns() {
@@ -222,13 +219,13 @@ class Planner {
 
   void list_bits() {
     using Config = BitListsConfig;
-    if (plan_.run > kMostBits)
-      throw std::invalid_argument("a run of " + std::to_string(plan_.run) + " positions has too many bits");
+    if (plan_.runs.length > kMostBits)
+      throw std::invalid_argument("a run of " + std::to_string(plan_.runs.length) + " positions has too many bits");
     list_for(masks_.dense);
     list_for(end_);
     const View<4>& mask = *masks_.dense;
-    const int words = static_cast<int>(divide_up_wide(plan_.run, 32)), segment = Config::segment(words);
-    const std::int64_t entries = room_for_bits().start(plan_.runs), all = list_rows() * entries;
+    const int words = static_cast<int>(divide_up_wide(plan_.runs.length, 32)), segment = Config::segment(words);
+    const std::int64_t entries = room_for_bits().start(plan_.runs.count), all = list_rows() * entries;
     BitListsParams params{.lists = make_room(all),
                           .mask = masking<unsigned char>(masks_.dense),
                           .is_aligned = is_aligned(mask),
@@ -244,7 +241,8 @@ class Planner {
     plan_.bits = params.bits;
     plan_.words = words;
 
-    const std::int64_t lists = list_rows() * plan_.runs, keys = static_cast<std::int64_t>(params.segments) * segment;
+    const std::int64_t lists = list_rows() * plan_.runs.count,
+                       keys = static_cast<std::int64_t>(params.segments) * segment;
     const std::int64_t memory = segment_memory(list_rows() * shape_.query_len * shape_.key_len);
     const std::int64_t at_a_time = std::clamp<std::int64_t>(memory / (keys * (words + 1) * 4), 1, lists);
     params.counts = stream_.allocate_array<int>(static_cast<std::size_t>(at_a_time * params.segments * 2));
@@ -260,7 +258,8 @@ class Planner {
   /// A run may list all keys that causality lets its last position see. Lists start at multiples of 4 entries.
   Staircase room_for_bits() const {
     if (!plan_.is_causal) return {.first = round_up_wide(shape_.key_len, 4), .step = 0, .empty = 0};
-    const std::int64_t first = shape_.first_position(), run = plan_.run, empty = first < 0 ? -first / run : 0;
+    const std::int64_t run = plan_.runs.length, first = shape_.first_position() - plan_.runs.missing;
+    const std::int64_t empty = first < 0 ? -first / run : 0;
     return {.first = round_up_wide(first + (empty + 1) * run, 4),
             .step = round_up_wide(run, 4),
             .empty = static_cast<int>(empty)};
@@ -320,8 +319,8 @@ Bias make_bias(const Problem& problem) {
 
 Test test_of(const Problem& problem) { return Masks(problem).dense ? Test::bits : Test::interval; }
 
-MadePlan make_plan(const Problem& problem, const Shape& shape, int run, Stream& stream) {
-  return Planner(problem, shape, run, stream).make();
+MadePlan make_plan(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream) {
+  return Planner(problem, shape, runs, stream).make();
 }
 
 void list_plan_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {

@@ -21,7 +21,7 @@ struct MadePlan {
   std::int64_t longest;  ///< no list is longer: what is known without asking the device
 };
 
-/// Lists for every run of `run` query positions, in memory of `stream`.
-MadePlan make_plan(const Problem& problem, const Shape& shape, int run, Stream& stream);
+/// A list for every run of queries, in memory of `stream`.
+MadePlan make_plan(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream);
 
 }  // namespace flash_dmattn::cuda

@@ -42,8 +42,8 @@ void launch(const Problem& problem, const View<3>& lse, const View<4>& probs, St
   const ScoresConfig config = probabilities_config(options);
   Shape shape = make_shape(problem, config.rows);
   shape.head_dim = options.head_dim;
-  const MadePlan made = make_plan(problem, shape, config.rows / shape.pack, stream);
-  const std::int64_t blocks = std::int64_t{made.plan.runs} * shape.units() * shape.batch,
+  const MadePlan made = make_plan(problem, shape, Runs::short_first(shape.query_len, config.rows / shape.pack), stream);
+  const std::int64_t blocks = std::int64_t{made.plan.runs.count} * shape.units() * shape.batch,
                      keys_of_block = std::int64_t{kProbabilitiesTiles} * config.keys;
   stream.launch(
       kernel(options),

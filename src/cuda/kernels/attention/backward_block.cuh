@@ -52,11 +52,11 @@ struct BackwardBlock {
   struct Entry {
     int b, unit, run;
   };
-  int entries() const { return params.part.batches * params.part.units * params.plan.runs; }
+  int entries() const { return params.part.batches * params.part.units * params.plan.runs.count; }
   Entry entry(int index) const {  // the last runs, which see the most keys, come first
     const Part& part = params.part;
     return {part.first_batch + index / part.units % part.batches, part.first_unit + index % part.units * part.unit_step,
-            params.plan.runs - 1 - index / part.units / part.batches};
+            params.plan.runs.count - 1 - index / part.units / part.batches};
   }
   int tiles_of(const Entry& of) const {
     const int count = params.plan.list(params.shape, of.b, of.unit, of.run).count;
@@ -79,13 +79,14 @@ struct BackwardBlock {
     if (index >= entries()) return false;
     const Shape& shape = params.shape;
     const Entry found = entry(index);
-    const int tile = within / params.group, first_query = found.run * params.plan.run;
+    const int tile = within / params.group, first_query = params.plan.runs.first(found.run);
     const KeyList list = params.plan.list(shape, found.b, found.unit, found.run);
     if (static_cast<i64>(tile) * kKeys >= list.count) return false;
     if (warp == 0) {
       const int kv_head = shape.kv_head(found.unit);
       const int turn = kOptions.deterministic ? blocks_before(index, tile, found.b, kv_head) : 0;
-      const i64 runs_before = (static_cast<i64>(found.b) * shape.units() + found.unit) * params.plan.runs + found.run;
+      const i64 runs_before =
+          (static_cast<i64>(found.b) * shape.units() + found.unit) * params.plan.runs.count + found.run;
       if (lane == 0)
         numbers.work = {.b = found.b,
                         .unit = found.unit,
@@ -93,11 +94,11 @@ struct BackwardBlock {
                         .kv_head = kv_head,
                         .tile = tile,
                         .first_query = first_query,
-                        .rows = row_of(least(params.plan.run, shape.query_len - first_query)),
+                        .rows = row_of(params.plan.runs.size(found.run)),
                         .turn = turn,
                         .ticket = number,
                         .list = list,
-                        .row_tiles = runs_before * (params.plan.run / params.tile_positions)};
+                        .row_tiles = runs_before * (params.plan.runs.length / params.tile_positions)};
     }
     sync_block();
     return true;
@@ -176,7 +177,7 @@ struct BackwardBlock {
         if (exists)
           seen = index < work.list.full ? Interval{kSmallest, kLargest} : plan.interval(work.b, work.unit, position);
         const i64 first = static_cast<i64>(work.first_query) + params.shape.first_position();
-        const int queries = least(plan.run, params.shape.query_len - work.first_query);
+        const int queries = plan.runs.size(work.run);
         const auto row = [&](int p) { return row_of(static_cast<int>(most<i64>(0, least<i64>(p - first, queries)))); };
         numbers.start[i] = exists ? row(seen.start) : 0;
         numbers.end[i] = exists ? row(seen.end) : 0;

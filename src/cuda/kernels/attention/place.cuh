@@ -13,14 +13,12 @@ struct Place {
   Place(const ScoresParams& given, int index, int units) : params(given) {
     unit = index % units;
     b = index / units % params.shape.batch;
-    run = params.plan.runs - 1 - index / units / params.shape.batch;
-    first_query = run * params.plan.run;
+    run = params.plan.runs.count - 1 - index / units / params.shape.batch;
+    first_query = params.plan.runs.first(run);
   }
   int query_of(int row) const { return first_query + row / params.shape.pack; }
   int head_of(int row) const { return unit * params.shape.pack + row % params.shape.pack; }
-  bool has(int row) const {
-    return row / params.shape.pack < params.plan.run && query_of(row) < params.shape.query_len;
-  }
+  bool has(int row) const { return query_of(row) < params.plan.runs.stop(run); }
 };
 
 }  // namespace flash_dmattn::cuda

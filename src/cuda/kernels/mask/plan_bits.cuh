@@ -16,8 +16,8 @@ struct Segment {
     const int length = params.segment;
     list = block_index() / params.segments;
     index = block_index() % params.segments;
-    const i64 all = params.first_list + list, row = all / params.lists.runs;
-    run = static_cast<int>(all % params.lists.runs);
+    const i64 all = params.first_list + list, row = all / params.lists.runs.count;
+    run = static_cast<int>(all % params.lists.runs.count);
     head = static_cast<int>(row % params.lists.heads);
     b = static_cast<int>(row / params.lists.heads);
     start = index * length;
@@ -50,15 +50,14 @@ struct PackMask {
     if (segment.start >= segment.stop) return;
     const int length = params.segment;
     char* const classes = shared + length * params.words * 4;
-    PackMask block{
-        params,
-        segment,
-        params.mask.row(segment.b, segment.head) + static_cast<i64>(segment.run) * params.lists.run * params.mask.query,
-        length,
-        least(params.lists.run, params.lists.query_len - segment.run * params.lists.run),
-        reinterpret_cast<u32*>(shared),
-        reinterpret_cast<unsigned char*>(classes),
-        reinterpret_cast<int*>(classes + length)};
+    PackMask block{params,
+                   segment,
+                   params.mask.row(segment.b, segment.head) + params.lists.runs.first(segment.run) * params.mask.query,
+                   length,
+                   params.lists.runs.size(segment.run),
+                   reinterpret_cast<u32*>(shared),
+                   reinterpret_cast<unsigned char*>(classes),
+                   reinterpret_cast<int*>(classes + length)};
     block.pack();
     sync_block();
     block.classify();
@@ -237,7 +236,7 @@ struct BitLists {
       some_before += shuffle_xor(some_before, mask);
     }
     const i64 row = static_cast<i64>(segment.b) * lists.heads + segment.head;
-    const i64 offset = row * params.room.start(lists.runs) + params.room.start(segment.run);
+    const i64 offset = row * params.room.start(lists.runs.count) + params.room.start(segment.run);
     if (segment.index == 0) {
       for (int copy = thread_index(); copy < lists.copies; copy += kThreads)
         lists.at(segment.b, segment.head, copy, segment.run) = {offset, all + some, all};

@@ -185,7 +185,7 @@ struct ColumnLists {
     }
     sync_block();
     // Each number of a run's list is known to the slice that it ends in.
-    for (int r = thread_index(); r < lists.runs; r += kThreads) {
+    for (int r = thread_index(); r < lists.runs.count; r += kThreads) {
       const int seen_by_last = lists.is_causal ? lists.limit(r) : 0;
       const int seen_by_all = lists.is_causal ? most(lists.first(r) + 1, 0) : 0;
       for (int copy = 0; copy < lists.copies; ++copy) {

@@ -24,20 +24,21 @@ struct ListsParams {
   Masking<int> end;
   int heads;  // list heads
   int copies;
-  int query_len, key_len, run, runs;
+  int key_len;
+  Runs runs;
   int is_causal;
-  KeyList* lists;  // (batch, heads, copies, runs)
+  KeyList* lists;  // (batch, heads, copies, runs.count)
   int* positions;
 
-  constexpr int first_position() const { return key_len - query_len; }
+  constexpr int first_position() const { return key_len - runs.queries; }
   /// The absolute positions of run r are [first(r), stop(r)); first may be negative.
-  constexpr int first(int r) const { return first_position() + r * run; }
-  constexpr int stop(int r) const { return least<i64>(static_cast<i64>(first(r)) + run, key_len); }
+  constexpr int first(int r) const { return first_position() + runs.first(r); }
+  constexpr int stop(int r) const { return first_position() + runs.stop(r); }
   /// The keys before this one are all that run r may see.
   constexpr int limit(int r) const { return is_causal ? most(stop(r), 0) : key_len; }
 
   KeyList& at(int b, int head, int copy, int r) const {
-    return lists[((static_cast<i64>(b) * heads + head) * copies + copy) * runs + r];
+    return lists[((static_cast<i64>(b) * heads + head) * copies + copy) * runs.count + r];
   }
 };
 

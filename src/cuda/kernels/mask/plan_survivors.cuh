@@ -33,7 +33,7 @@ struct SurvivorLists {
     const u32 lower = (1u << lane) - 1;
     const int block = block_index(), row = block / params.blocks, head = row % lists.heads, b = row / lists.heads;
     const int first_run = block % params.blocks * params.runs_per_block;
-    const int last_run = least(first_run + params.runs_per_block, lists.runs) - 1;
+    const int last_run = least(first_run + params.runs_per_block, lists.runs.count) - 1;
 
     // The candidates: survivors of the chunk in which the first run starts, then the keys of that chunk and later.
     const int first = lists.first(first_run), stop = most(lists.stop(last_run), 0);
@@ -44,11 +44,11 @@ struct SurvivorLists {
     const unsigned char* columns = lists.columns.row(b, head);
 
     const int r = first_run + warp;
-    const bool has_run = warp < params.runs_per_block && r < lists.runs;
+    const bool has_run = warp < params.runs_per_block && r < lists.runs.count;
     const int run_first = has_run ? lists.first(r) : 0, run_stop = has_run ? lists.stop(r) : 0;
-    const i64 offset = (static_cast<i64>(row) * lists.runs + r) * params.capacity;
+    const i64 offset = (static_cast<i64>(row) * lists.runs.count + r) * params.capacity;
     int* const full_keys = lists.positions + offset;
-    int* const tested_keys = reinterpret_cast<int*>(&shared + 1) + warp * Config::tested_capacity(lists.run);
+    int* const tested_keys = reinterpret_cast<int*>(&shared + 1) + warp * Config::tested_capacity(lists.runs.length);
     int full = 0, tested = 0;
 
     for (int stage = 0; stage < total; stage += Config::kStage) {
@@ -113,7 +113,8 @@ struct SurvivorLists {
           const u32 tested_here = ballot(is_tested);
           if (tested_here != 0) {  // in few warps
             const int tested_at = tested + count_ones(tested_here & lower);
-            if (is_tested && tested_at < Config::tested_capacity(lists.run)) tested_keys[tested_at] = candidate.key;
+            if (is_tested && tested_at < Config::tested_capacity(lists.runs.length))
+              tested_keys[tested_at] = candidate.key;
             tested += count_ones(tested_here);
           }
         }
@@ -123,7 +124,7 @@ struct SurvivorLists {
     if (!has_run) return;
     // Survivors that do not belong to `end` could be too many.
     full = least(full, params.capacity);
-    tested = least(tested, least(params.capacity - full, Config::tested_capacity(lists.run)));
+    tested = least(tested, least(params.capacity - full, Config::tested_capacity(lists.runs.length)));
     for (int i = lane; i < tested; i += kWarp) full_keys[full + i] = tested_keys[i];
     for (int copy = lane; copy < lists.copies; copy += kWarp)
       lists.at(b, head, copy, r) = {offset, full + tested, full};

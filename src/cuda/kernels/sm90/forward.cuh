@@ -124,7 +124,7 @@ struct HopperForward {
   static int uniform(int x) { return shuffle(x, 0); }
 
   /// Of kRows; the others are to spare.
-  static int rows_of_tile(const Params& params) { return params.scores.plan.run * params.scores.shape.pack; }
+  static int rows_of_tile(const Params& params) { return params.scores.plan.runs.length * params.scores.shape.pack; }
   /// A row of a tile.
   struct Row {
     int query, head;  // counted from the tile's first
@@ -183,7 +183,7 @@ struct HopperForward {
       origins.work = {.b = place.b,
                       .unit = place.unit,
                       .first_query = place.first_query,
-                      .queries = least(scores.plan.run, scores.shape.query_len - place.first_query),
+                      .queries = scores.plan.runs.size(place.run),
                       .tiles = whole + (list.count % kKeys != 0),
                       .tested = least(list.full, list.count) / kKeys,
                       .whole = whole};
