@@ -110,6 +110,10 @@ void load_to_barrier(void* shared, const void* global, int bytes, void* barrier)
   self->block->barriers[barrier].expected.push_back({nullptr, shared, global, bytes, begin_copy(shared, bytes)});
 }
 
+bool is_complete(void* barrier, int parity) {
+  return checked("is_complete", barrier).parity != static_cast<u64>(parity);
+}
+
 void wait_at_barrier(void* barrier, int parity) {
   if (parity != 0 && parity != 1) fail("wait: for parity %d", parity);
   while (checked("wait", barrier).parity == static_cast<u64>(parity)) {

@@ -32,6 +32,7 @@ void arrive_at_barrier(const char* operation, void* barrier, int bytes);
 void arrive_at_barrier_after_copies(void* barrier);
 void load_to_barrier(void* shared, const void* global, int bytes, void* barrier);
 void wait_at_barrier(void* barrier, int parity);
+bool is_complete(void* barrier, int parity);
 
 /// What the current phase lacks.
 std::string describe_barrier(const void* barrier);

@@ -87,17 +87,34 @@ struct Biases {
   }
 };
 
-/// BiasKind::per_key: the scaled biases of the columns.
-template <int kRowTiles, int kColumnTiles>
-void add_key_biases(float (&score)[kRowTiles][kColumnTiles][4], const float* biases, int lane) {
-  const float* const bias = biases + lane % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) score[m][n][i] += bias[8 * n + i % 2];
+/// BiasKind::per_key: the scaled bias of a column stands at this place. A thread's four of two neighbouring 16 x 8
+/// blocks are together.
+constexpr int place_of_bias(int column) {
+  return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
 }
+/// A thread's part of them.
+template <int kColumnTiles>
+struct KeyBiases {
+  static_assert(kColumnTiles % 2 == 0);
+  struct alignas(16) Four {
+    float x[4];
+  } of_pair[kColumnTiles / 2];
+
+  void load(const float* biases, int lane) {
+    const Four* const of_thread = reinterpret_cast<const Four*>(biases) + lane % 4;
+#pragma unroll
+    for (int pair = 0; pair < kColumnTiles / 2; ++pair) of_pair[pair] = of_thread[4 * pair];
+  }
+  template <int kRowTiles>
+  void add_to(float (&score)[kRowTiles][kColumnTiles][4]) const {
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) score[m][n][i] += of_pair[n / 2].x[n % 2 * 2 + i % 2];
+  }
+};
 
 /// Sets the scores of pairs that do not see each other to -inf. `key_of(column)(m, half)`: whether the row `half` of
 /// row tile m, one of the two that this thread holds there, sees the key of that column.

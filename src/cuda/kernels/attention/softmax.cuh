@@ -24,6 +24,8 @@ inline float natural_lse(float reference, float sum) { return (reference + fast_
 /// The reference of a row, which is subtracted from its scores, follows their maximum only when that has grown by more
 /// than this: rescaling what was summed is rare, and no term is larger than 2^8.
 constexpr float kSlack = 8;
+/// The same by a thread's part of a row's exponentials of a tile: it is smaller than this, and so is each term.
+constexpr float kLargestSum = 256;
 /// A reference that is farther than this from 0 (in base 2) is subtracted from the scores before anything is rounded.
 constexpr float kFar = 4096;
 
@@ -33,12 +35,10 @@ struct Softmax {
   float factor;                   ///< from scores to base 2; positive
   float reference[kRowTiles][2];  ///< a score; -inf before the first that is not
   float sum[kRowTiles][2];        ///< this thread's part
-  int& is_far;                    ///< whether one of the warp's references is; in shared memory
+  bool is_far = false;            ///< whether one of the warp's references is
+  bool is_unset = true;           ///< whether one of them is -inf
 
-  Softmax(float to_base_2, int& far) : factor(to_base_2), is_far(far) {
-    sync_warp();
-    is_far = false;
-    sync_warp();
+  explicit Softmax(float to_base_2) : factor(to_base_2) {
     for (int m = 0; m < kRowTiles; ++m)
       for (int half = 0; half < 2; ++half) reference[m][half] = -kInfinity, sum[m][half] = 0;
   }
@@ -47,61 +47,72 @@ struct Softmax {
   /// Far references are subtracted from the scores.
   template <int kColumnTiles, int kOutTiles>
   void follow(float (&score)[kRowTiles][kColumnTiles][4], float (&out)[kRowTiles][kOutTiles][4]) {
-    move_references(score, [&](int m, int half, float scale) {
+    bool grows = is_far;
 #pragma unroll
-      for (int n = 0; n < kOutTiles; ++n) out[m][n][2 * half] *= scale, out[m][n][2 * half + 1] *= scale;
-    });
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)  // false for -inf - -inf
+        grows |= (highest(score[m], half) - reference[m][half]) * factor > kSlack;
+    if (!any(grows)) return;
+    float scale[kRowTiles][2];
+    move(score, scale);
+    rescale(out, scale);
   }
-  /// The same, but that it leaves `out` alone: if it is true, `out` has to be rescaled.
+
+  /// The exponentials of a tile of scores, as operands A of the products with the values. If it is true the references
+  /// have moved, and the products so far have to be rescaled by `scale`.
+  ///
+  /// That one of them has to move is seen from sums that are too large, which takes fewer steps than the maximum does,
+  /// and none before the exponentials. Where there is no reference yet, or a far one, they move at once.
+  template <class T, int kSteps>
+  bool exponentiate(u32 (&p)[kSteps][4], float (&score)[1][2 * kSteps][4], float (&scale)[1][2]) {
+    static_assert(kRowTiles == 1);
+    bool moves = is_far || is_unset;
+    float added[2];
+    while (true) {
+      if (moves) move(score, scale);
+      added[0] = added[1] = 0;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+        exponentials<T>(p[step], score[0][2 * step], score[0][2 * step + 1], offset(0, 0), offset(0, 1), added);
+      if (moves || !any(added[0] > kLargestSum || added[1] > kLargestSum)) break;
+      moves = true;
+    }
+    for (int half = 0; half < 2; ++half) sum[0][half] += added[half];
+    return moves;
+  }
+
   template <int kColumnTiles>
-  bool follow(float (&score)[kRowTiles][kColumnTiles][4], float (&scale)[kRowTiles][2]) {
-    return move_references(score, [&](int m, int half, float x) { scale[m][half] = x; });
+  static float highest(const float (&score)[kColumnTiles][4], int half) {
+    float x = maximum(score[0][2 * half], score[0][2 * half + 1]);
+#pragma unroll
+    for (int n = 1; n < kColumnTiles; ++n) x = maximum(x, maximum(score[n][2 * half], score[n][2 * half + 1]));
+    return x;
   }
-  /// rescale(m, half, scale): of what was summed of a row.
-  template <int kColumnTiles, class Rescale>
-  bool move_references(float (&score)[kRowTiles][kColumnTiles][4], const Rescale& rescale) {
-    float highest[kRowTiles][2];
-    bool grows = false;
+  /// Moves the references to the maxima, and the sums with them. `scale`: of what was summed of a row.
+  template <int kColumnTiles>
+  void move(float (&score)[kRowTiles][kColumnTiles][4], float (&scale)[kRowTiles][2]) {
+    bool far = false, unset = false;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = maximum(score[m][0][2 * half], score[m][0][2 * half + 1]);
-#pragma unroll
-        for (int n = 1; n < kColumnTiles; ++n)
-          x = maximum(x, maximum(score[m][n][2 * half], score[m][n][2 * half + 1]));
-        highest[m][half] = quad_max(x);
-        // False for -inf - -inf.
-        grows |= (highest[m][half] - reference[m][half]) * factor > kSlack;
+        const float x = maximum(quad_max(highest(score[m], half)), reference[m][half]);
+        scale[m][half] = x == -kInfinity ? 1.0f : fast_exp2((reference[m][half] - x) * factor);
+        reference[m][half] = x;
+        unset |= x == -kInfinity;
+        far |= finite_reference(m, half) * factor > kFar || finite_reference(m, half) * factor < -kFar;
+        sum[m][half] *= scale[m][half];
       }
-    const bool moves = is_far || ballot(grows) != 0;
-    if (moves) {
-      bool far = false;
+    is_unset = any(unset);
+    is_far = any(far);
+    if (!is_far) return;
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
+    for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float x = maximum(highest[m][half], reference[m][half]);
-          const float scale = x == -kInfinity ? 1.0f : fast_exp2((reference[m][half] - x) * factor);
-          reference[m][half] = x;
-          far |= finite_reference(m, half) * factor > kFar || finite_reference(m, half) * factor < -kFar;
-          sum[m][half] *= scale;
-          rescale(m, half, scale);
-        }
-      far = ballot(far) != 0;
-      sync_warp();
-      is_far = far;
-      sync_warp();
-      if (is_far) {
+      for (int n = 0; n < kColumnTiles; ++n)
 #pragma unroll
-        for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-          for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) score[m][n][i] -= finite_reference(m, i / 2);
-      }
-    }
-    return moves;
+        for (int i = 0; i < 4; ++i) score[m][n][i] -= finite_reference(m, i / 2);
   }
   template <int kOutTiles>
   static void rescale(float (&out)[kRowTiles][kOutTiles][4], const float (&scale)[kRowTiles][2]) {
@@ -117,35 +128,24 @@ struct Softmax {
   /// What is left to subtract from the scores of a row, in base 2.
   float offset(int m, int half) const { return is_far ? 0.0f : finite_reference(m, half) * factor; }
 
-  /// Scores to their exponentials.
-  template <int kColumnTiles>
-  void exponentiate(float (&score)[kRowTiles][kColumnTiles][4]) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-      const float offsets[2] = {offset(m, 0), offset(m, 1)};
-#pragma unroll
-      for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          score[m][n][i] = fast_exp2(multiply_add(score[m][n][i], factor, -offsets[i / 2]));
-          sum[m][i / 2] += score[m][n][i];
-        }
-    }
-  }
   /// Scores of two neighbouring 16 x 8 blocks to their exponentials, as the operand A of the product with the values.
   template <class T>
   void exponentials(u32 (&p)[4], const float (&left)[4], const float (&right)[4], int m) {
-    const float low = offset(m, 0), high = offset(m, 1);
+    exponentials<T>(p, left, right, offset(m, 0), offset(m, 1), sum[m]);
+  }
+  template <class T>
+  void exponentials(u32 (&p)[4], const float (&left)[4], const float (&right)[4], float low, float high,
+                    float (&to)[2]) const {
     auto power = [&](float score, float offset) { return fast_exp2(multiply_add(score, factor, -offset)); };
-    auto two = [&](float x, float y, float offset, float& sum) {
+    auto two = [&](float x, float y, float offset, float& to) {
       const float a = power(x, offset), b = power(y, offset);
-      sum += a + b;
+      to += a + b;
       return pack<T>(a, b);
     };
-    p[0] = two(left[0], left[1], low, sum[m][0]);
-    p[1] = two(left[2], left[3], high, sum[m][1]);
-    p[2] = two(right[0], right[1], low, sum[m][0]);
-    p[3] = two(right[2], right[3], high, sum[m][1]);
+    p[0] = two(left[0], left[1], low, to[0]);
+    p[1] = two(left[2], left[3], high, to[1]);
+    p[2] = two(right[0], right[1], low, to[0]);
+    p[3] = two(right[2], right[3], high, to[1]);
   }
 };
 

@@ -53,4 +53,29 @@ __forceinline__ void wait(Barrier& barrier, int parity) {
       : "memory");
 }
 
+/// Whether it is, without waiting: asked early, an answer is there when it is needed.
+__forceinline__ bool is_complete(Barrier& barrier, int parity) {
+  int complete;
+  asm volatile(
+      "{ .reg .pred complete; mbarrier.test_wait.parity.shared.b64 complete, [%1], %2; selp.b32 %0, 1, 0, complete; }"
+      : "=r"(complete)
+      : "r"(shared_address(&barrier)), "r"(parity)
+      : "memory");
+  return complete != 0;
+}
+/// wait, if is_complete was false.
+__forceinline__ void wait_unless(bool complete, Barrier& barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred complete;\n"
+      "setp.ne.b32 complete, %2, 0;\n"
+      "@complete bra done_%=;\n"
+      "again_%=: mbarrier.try_wait.parity.shared.b64 complete, [%0], %1;\n"
+      "@!complete bra again_%=;\n"
+      "done_%=:\n"
+      "}" ::"r"(shared_address(&barrier)),
+      "r"(parity), "r"(static_cast<int>(complete))
+      : "memory");
+}
+
 }  // namespace flash_dmattn::cuda

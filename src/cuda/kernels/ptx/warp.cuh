@@ -28,6 +28,9 @@ __forceinline__ int warp_sum(int value) { return __reduce_add_sync(~0u, value); 
 /// A bit for each thread whose `predicate` holds.
 __forceinline__ u32 ballot(bool predicate) { return __ballot_sync(~0u, predicate); }
 
+/// Whether the `predicate` of any thread holds.
+__forceinline__ bool any(bool predicate) { return __any_sync(~0u, predicate) != 0; }
+
 __forceinline__ int count_ones(u32 x) { return __popc(x); }
 __forceinline__ int leading_zeros(u32 x) { return __clz(static_cast<int>(x)); }
 /// Index of the lowest one; -1 of 0.

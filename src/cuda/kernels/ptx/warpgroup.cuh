@@ -30,9 +30,10 @@ __forceinline__ void shrink_registers() {
 
 /// A matrix in shared memory.
 struct Operand {
-  u64 descriptor;
+  u32 low, high;  // of its descriptor; where it is stands in `low`
   /// `bytes` further on: a multiple of 16.
-  __forceinline__ Operand operator+(int bytes) const { return {descriptor + static_cast<u64>(bytes >> 4)}; }
+  __forceinline__ Operand operator+(int bytes) const { return {low + static_cast<u32>(bytes >> 4), high}; }
+  __forceinline__ u64 descriptor() const { return static_cast<u64>(high) << 32 | low; }
 };
 
 /// Which of an operand's dimensions is contiguous in shared memory: the one that is summed over, or that of C.
@@ -41,9 +42,9 @@ enum class Major { k, mn };
 /// `stride_bytes` from 8 rows of a panel to the next 8. Major::k: rows are M or N, and 16 further along K is 32 bytes.
 /// Major::mn: rows are K, and `leading_bytes` from a panel to the next 64 of M or N.
 __forceinline__ Operand operand(const void* shared, int leading_bytes, int stride_bytes) {
-  constexpr u64 kSwizzle128 = u64{1} << 62;
-  return {kSwizzle128 | static_cast<u64>(stride_bytes >> 4) << 32 | static_cast<u64>(leading_bytes >> 4) << 16 |
-          shared_address(shared) >> 4};
+  constexpr u32 kSwizzle128 = u32{1} << 30;
+  return {static_cast<u32>(leading_bytes >> 4) << 16 | shared_address(shared) >> 4,
+          kSwizzle128 | static_cast<u32>(stride_bytes >> 4)};
 }
 
 /// Before products whose registers were touched.
@@ -68,7 +69,8 @@ __forceinline__ void fence_registers(float (&x)[kCount]) {
 #define TEXT_32 TEXT_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define TEXT_40 TEXT_32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define TEXT_48 TEXT_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define TEXT_64 TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define TEXT_56 TEXT_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define TEXT_64 TEXT_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define TEXT_80 TEXT_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define TEXT_96 TEXT_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define TEXT_112 TEXT_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
@@ -82,7 +84,8 @@ __forceinline__ void fence_registers(float (&x)[kCount]) {
 #define OUT_32 OUT_16, EIGHT(16), EIGHT(24)
 #define OUT_40 OUT_32, EIGHT(32)
 #define OUT_48 OUT_40, EIGHT(40)
-#define OUT_64 OUT_48, EIGHT(48), EIGHT(56)
+#define OUT_56 OUT_48, EIGHT(48)
+#define OUT_64 OUT_56, EIGHT(56)
 #define OUT_96 OUT_64, EIGHT(64), EIGHT(72), EIGHT(80), EIGHT(88)
 #define OUT_128 OUT_96, EIGHT(96), EIGHT(104), EIGHT(112), EIGHT(120)
 
@@ -97,8 +100,8 @@ struct Product;
       asm volatile("{ .reg .pred add; setp.ne.b32 add, %" #n2 ", 0; wgmma.mma_async.sync.aligned.m64n" #columns        \
                    "k16.f32." text "." text " {" TEXT_##half "}, %" #n0 ", %" #n1 ", add, 1, 1, %" #n3 ", %" #n4 "; }" \
                    : OUT_##half                                                                                        \
-                   : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(add)), "n"(kA == Major::mn ? 1 : 0),   \
-                     "n"(kB == Major::mn ? 1 : 0));                                                                    \
+                   : "l"(a.descriptor()), "l"(b.descriptor()), "r"(static_cast<int>(add)),                             \
+                     "n"(kA == Major::mn ? 1 : 0), "n"(kB == Major::mn ? 1 : 0));                                      \
     }                                                                                                                  \
     template <Major kB>                                                                                                \
     static __forceinline__ void run(float (&c)[half], const u32 (&a)[4], Operand b, bool add) {                        \
@@ -106,7 +109,7 @@ struct Product;
                    "k16.f32." text "." text " {" TEXT_##half "}, {%" #n0 ", %" #n1 ", %" #n2 ", %" #n3 "}, %" #n4      \
                                                              ", add, 1, 1, %" #n6 "; }"                                \
                    : OUT_##half                                                                                        \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(add)),        \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor()), "r"(static_cast<int>(add)),      \
                      "n"(kB == Major::mn ? 1 : 0));                                                                    \
     }                                                                                                                  \
   };
@@ -117,6 +120,7 @@ PRODUCTS(32, 16, 16, 17, 18, 19, 20, 21, 22)
 PRODUCTS(64, 32, 32, 33, 34, 35, 36, 37, 38)
 PRODUCTS(80, 40, 40, 41, 42, 43, 44, 45, 46)
 PRODUCTS(96, 48, 48, 49, 50, 51, 52, 53, 54)
+PRODUCTS(112, 56, 56, 57, 58, 59, 60, 61, 62)
 PRODUCTS(128, 64, 64, 65, 66, 67, 68, 69, 70)
 PRODUCTS(192, 96, 96, 97, 98, 99, 100, 101, 102)
 PRODUCTS(256, 128, 128, 129, 130, 131, 132, 133, 134)

@@ -36,7 +36,7 @@ struct Forward {
         scores(given.scores, memory),
         begin(0),
         end(scores.tiles),
-        softmax(given.scores.logits.factor, memory.is_far[scores.thread / kWarp]) {
+        softmax(given.scores.logits.factor) {
     if (scores.thread == 0)
       shared.origins.value =
           given.value.template at<u16>(scores.place.b, 0, given.scores.shape.kv_head(scores.place.unit));

@@ -29,12 +29,11 @@ struct ScoresShared {
   Tile<kConfig.rows, kConfig.head_dim> query;
   Tile<kKeys, kConfig.head_dim> key[kConfig.stages];
   int position[4][kKeys];
-  float bias[2][kKeys];                           // BiasKind::per_key
+  float bias[2][kKeys];                           // BiasKind::per_key, by place_of_bias
   u32 test[2][kKeys * test_words(kConfig.test)];  // Interval::end or bits
   Origins origins;
   const void* row_bias[kConfig.bias == BiasKind::full ? kConfig.rows : 2];  // of key 0
   int row_position[kConfig.rows];                                           // absolute
-  int is_far[8];                                                            // of each warp, for Softmax
 };
 
 /// What a thread knows of its block's work.
@@ -152,7 +151,7 @@ struct Scores {
   }
   void put_bias(int tile) {
     if constexpr (kConfig.bias == BiasKind::per_key)
-      if (thread < kKeys) shared.bias[tile % 2][thread] = biases.scaled(next_bias);
+      if (thread < kKeys) shared.bias[tile % 2][place_of_bias(thread)] = biases.scaled(next_bias);
   }
   /// Starts copying what the test of a tile needs.
   void copy_test(int tile) {
@@ -188,8 +187,11 @@ struct Scores {
     add_products(s, stage);
     if constexpr (kConfig.softcap) cap_scores(s, params.logits);
     if constexpr (kConfig.bias == BiasKind::per_key)
-      if (params.bias.data)
-        add_key_biases(s, shared.bias[tile % 2], lane);  // always: loads, moved up, would need registers
+      if (params.bias.data) {  // always: loads, moved up, would need registers
+        KeyBiases<kColumnTiles> of_keys;
+        of_keys.load(shared.bias[tile % 2], lane);
+        of_keys.add_to(s);
+      }
     if constexpr (kConfig.bias == BiasKind::full) add_bias(s, tile);
   }
 

@@ -34,7 +34,7 @@ constexpr int test_words(Test test) { return test == Test::interval ? 1 : kMostW
 /// Bytes of shared memory beside the tiles of queries, keys and values.
 constexpr int staging_bytes(const ScoresConfig& config) {
   return (4 + 2 + 2 * test_words(config.test)) * config.keys * 4 +
-         (config.bias == BiasKind::full ? 12 * config.rows : 4 * config.rows + 16) + 96;
+         (config.bias == BiasKind::full ? 12 * config.rows : 4 * config.rows + 16) + 64;
 }
 
 }  // namespace flash_dmattn::cuda

@@ -107,7 +107,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions)
     read_keys();
     const auto copy = [&](const Rows& from, KeyPanels& to) {
       const u16* const base = from.at<u16>(work.b, 0, work.kv_head);
-      gather_rows<kChunks, kThreads>(to, thread, [&](int row) {
+      gather_rows<kChunks, kThreads>(to, thread, [&](int row, int) {
         const int position = numbers.position[row];
         return position < 0 ? nullptr : base + position * from.position;
       });

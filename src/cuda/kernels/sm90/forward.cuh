@@ -32,7 +32,7 @@ struct HopperForward {
 
   /// What is known of a tile of keys.
   struct KeyNumbers {
-    float bias[kKeys];  // BiasKind::per_key
+    alignas(16) float bias[kKeys];  // BiasKind::per_key, by place_of_bias
     int position[kKeys];
     u32 test[kTestWords * kKeys];  // where tested: the rows that see a key, first ones and ends, or its bits
   };
@@ -61,9 +61,8 @@ struct HopperForward {
     const void* row_bias[kOptions.bias == BiasKind::full ? kRows : 1];  // of key 0
     Barrier query_full[kConsumers], query_empty[kConsumers];            // of each part
     Barrier key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
-    Origins origins;             // of what is copied
-    Work work[2][kConsumers];    // of each part of the queries: theirs and the last one's
-    int is_far[kConsumerWarps];  // of each warp, for Softmax
+    Origins origins;           // of what is copied
+    Work work[2][kConsumers];  // of each part of the queries: theirs and the last one's
   };
   static_assert(kKeys <= kWarpgroup && sizeof(Shared) <= kConfig.shared_bytes &&
                 kConfig.shared_bytes <= shared_capacity(90));
@@ -143,6 +142,9 @@ struct HopperForward {
     u32 bias;             // its bits
     int end;              // where it is tested by intervals
     int second_position;  // of the key after it, in the tile after that
+    // A thread copies a part of so many keys.
+    static constexpr int kRowsAtOnce = kWarpgroup / kGatherLanes, kRowsOfThread = kKeys / kRowsAtOnce;
+    static_assert(kKeys % kRowsAtOnce == 0);
 
     Producer(const Params& given, Shared& memory) : params(given), shared(memory) {}
 
@@ -200,30 +202,44 @@ struct HopperForward {
         fetch_position(0);
         fetch(0);
       }
+      bool has_queries = thread() != 0;
 #pragma unroll 1
       for (int tile = 0; tile < tiles; ++tile) {
         KeyNumbers& numbers = shared.numbers[ring.stage];
         wait(shared.key_empty[ring.stage], ring.parity ^ 1);
+        if (params.by_boxes) load_tile(tile, shared.key[ring.stage], params.key_boxes, shared.key_full[ring.stage]);
         if (const int key = thread(); key < kKeys) {
           numbers.position[key] = position;
-          if constexpr (kHasKeyBias) numbers.bias[key] = Biases<T>(params.scores).scaled(bias);
+          if constexpr (kHasKeyBias) numbers.bias[place_of_bias(key)] = Biases<T>(params.scores).scaled(bias);
           if (tile >= shared.origins.work.tested) copy_test(tile, key, numbers);
         }
-        sync_threads(kCopying, kWarpgroup);
-        copy_rows(tile, shared.key[ring.stage], params.key_boxes, shared.origins.key, params.scores.key.position,
-                  shared.key_full[ring.stage]);
+        if (!params.by_boxes) {
+          sync_threads(kCopying, kWarpgroup);
+          gather(shared.key[ring.stage], shared.origins.key, params.scores.key.position, shared.key_full[ring.stage]);
+        }
         arrive(shared.key_full[ring.stage]);  // this thread's numbers are there, too
         if (tile + 1 < tiles) fetch(tile + 1);
-        // After what finds place before the last tile of rows has its last scores.
-        if (tile == least(kStages - 1, tiles) - 1) copy_queries();
+        if (!has_queries) {
+          // At the latest after what finds place before the last tile of rows has its last scores.
+          has_queries = tile == least(kStages - 1, tiles) - 1 || finds_queries_place();
+          if (has_queries) copy_queries();
+        }
         wait(shared.value_empty[ring.stage], ring.parity ^ 1);
-        copy_rows(tile, shared.value[ring.stage], params.value_boxes, shared.origins.value, params.value.position,
-                  shared.value_full[ring.stage]);
+        if (params.by_boxes)
+          load_tile(tile, shared.value[ring.stage], params.value_boxes, shared.value_full[ring.stage]);
+        else
+          gather(shared.value[ring.stage], shared.origins.value, params.value.position, shared.value_full[ring.stage]);
         ring.advance();
       }
       if (tiles == 0) copy_queries();
     }
 
+    bool finds_queries_place() const {
+      bool finds = true;
+      for (int part = 0; part < params.query_parts; ++part)
+        finds &= is_complete(shared.query_empty[part], shared.origins.round % 2 ^ 1);
+      return finds;
+    }
     /// By one thread, which the copy engine works for, as soon as the place of a part is free. Then the work's place
     /// is, too: the part's consumers have finished the last but one.
     void copy_queries() {
@@ -249,26 +265,28 @@ struct HopperForward {
                    work.unit * shape.pack, first + part * positions, work.b, full);
       }
     }
-    /// A tile of keys or values, by the copy engine if it can.
+    /// A tile of keys or values: by the copy engine, for one thread.
     template <class Tile>
-    void copy_rows(int tile, Tile& to, const TensorMap& boxes, const u16* from, i64 stride, Barrier& full) {
-      if (params.by_boxes) {
-        if (thread() == 0) {
-          arrive_expecting(full, sizeof to.bytes);
-          const Origins& origins = shared.origins;
+    void load_tile(int tile, Tile& to, const TensorMap& boxes, Barrier& full) {
+      if (thread() != 0) return;
+      arrive_expecting(full, sizeof to.bytes);
+      const Origins& origins = shared.origins;
 #pragma unroll
-          for (int panel = 0; panel < kPanels; ++panel)
-            load_box(to.panel(panel), boxes, panel * kPanelColumns, origins.kv_head, tile * kKeys, origins.work.b,
-                     full);
-        }
-        return;
-      }
+      for (int panel = 0; panel < kPanels; ++panel)
+        load_box(to.panel(panel), boxes, panel * kPanelColumns, origins.kv_head, tile * kKeys, origins.work.b, full);
+    }
+    /// Or by all threads, from where the tile's positions are.
+    template <class Tile>
+    void gather(Tile& to, const u16* from, i64 stride, Barrier& full) const {
       // In bytes and 32 bits, an address is one instruction. make_scores refuses longer strides.
       const int bytes = static_cast<int>(stride) * 2;
-      const KeyNumbers& numbers = shared.numbers[ring.stage];
-      gather_rows<kChunks>(to, thread(), [&](int row) {
+      const int* const positions = shared.numbers[ring.stage].position + thread() / kGatherLanes;
+      int position[kRowsOfThread];  // read together, before any copy
+#pragma unroll
+      for (int i = 0; i < kRowsOfThread; ++i) position[i] = positions[i * kRowsAtOnce];
+      gather_rows<kChunks, kWarpgroup, true>(to, thread(), [&](int, int i) {
         return reinterpret_cast<const u16*>(reinterpret_cast<const char*>(from) +
-                                            static_cast<i64>(numbers.position[row]) * bytes);
+                                            static_cast<i64>(position[i]) * bytes);
       });
       arrive_after_copies(full);
     }
@@ -348,7 +366,7 @@ struct HopperForward {
         const Work& work = shared.work[works % 2][part];
         const int tiles = uniform(work.tiles);
         if (tiles < 0) break;
-        Softmax<1> softmax(params.scores.logits.factor, shared.is_far[thread_index_anew() / kWarp]);
+        Softmax<1> softmax(params.scores.logits.factor);
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n)
 #pragma unroll
@@ -377,6 +395,8 @@ struct HopperForward {
       const int tested = uniform(work.tested);
       Scores s;
       float scale[1][2];
+      KeyBiases<kColumnTiles> biases;
+      const int lane = thread_index() % kWarp;  // in a register: it would come late where products are about to begin
       wait_keys();
       fence_registers(reinterpret_cast<float (&)[kDim / 2]>(out));
       multiply_keys(s);
@@ -384,20 +404,22 @@ struct HopperForward {
 #pragma unroll 1
       for (int tile = 0; true; ++tile) {
         wait_products<1>();
+        load_biases(biases, lane);
         if (tile + 1 == tiles) release<kLastReaders>(shared.query_empty[part]);
-        finish(s, tile < work.whole, tile >= tested);
-        const bool moves = softmax.follow(s, scale);
-        softmax.exponentiate(s);
-        // Never: but as it is asked, the exponentials are not moved behind the wait, out of the products' time.
-        if (softmax.sum[0][0] + softmax.sum[0][1] < 0) softmax.is_far = true;
+        finish(s, biases, tile < work.whole, tile >= tested);
         wait_products<0>();
         if (tile > 0) release(shared.value_empty[last.stage]);
+        last = ring;
+        ring.advance();
+        const bool has_values = is_complete(shared.value_full[last.stage], last.parity);
+        const bool has_keys = is_complete(shared.key_full[ring.stage], ring.parity);
+        const bool moves = softmax.template exponentiate<T>(probabilities, s, scale);
         if (moves) softmax.rescale(out, scale);
         fence_registers(reinterpret_cast<float (&)[kKeys / 2]>(s));
-        pack_operand<T>(probabilities, s[0]);
-        next_tile();
+        wait_unless(has_values, shared.value_full[last.stage], last.parity);
         if (tile + 1 == tiles) break;
-        wait_keys();
+        wait_unless(has_keys, shared.key_full[ring.stage], ring.parity);
+        see_copies();
         my_turn();
         multiply_keys(s);
         multiply_values();
@@ -416,12 +438,6 @@ struct HopperForward {
     void wait_keys() const {
       wait(shared.key_full[ring.stage], ring.parity);
       see_copies();
-    }
-    /// From the last tile, whose values come before the next one's keys.
-    void next_tile() {
-      last = ring;
-      ring.advance();
-      wait(shared.value_full[last.stage], last.parity);
     }
 
     void multiply_keys(Scores& s) {
@@ -444,11 +460,15 @@ struct HopperForward {
       commit_products();
     }
 
+    /// Of the tile whose scores come next.
+    void load_biases(KeyBiases<kColumnTiles>& biases, int lane) const {
+      if constexpr (kHasKeyBias) biases.load(shared.numbers[ring.stage].bias, lane);
+    }
     /// Products to scores; after it the tile of keys is not needed any more.
-    void finish(Scores& s, bool is_whole, bool is_tested) {
+    void finish(Scores& s, const KeyBiases<kColumnTiles>& biases, bool is_whole, bool is_tested) {
       const KeyNumbers& numbers = shared.numbers[ring.stage];
       if constexpr (kOptions.softcap) cap_scores(s, params.scores.logits);
-      if constexpr (kHasKeyBias) add_key_biases(s, numbers.bias, lane());
+      if constexpr (kHasKeyBias) biases.add_to(s);
       if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, numbers, is_whole);
       if (is_tested) mask(s, numbers);
       release<kLastReaders>(shared.key_empty[ring.stage]);

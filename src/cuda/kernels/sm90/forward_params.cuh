@@ -41,12 +41,12 @@ constexpr HopperForwardConfig hopper_forward_config(const HopperForwardOptions& 
     HopperForwardConfig config{head_dim, dim, rows, keys, stages, rows == 192 ? 160 : 224, rows == 192 ? 32 : 56};
     const int tiles = (rows + 2 * stages * keys) * config.panels() * 128;
     const int numbers = stages * keys * (2 + hopper_test_words(options.test)) * 4,
-              others = rows * 8 + (6 + 4 * stages) * 8 + 6 * 28 + 12 * 4 + 80;
+              others = rows * 8 + (6 + 4 * stages) * 8 + 6 * 28 + 96;
     config.shared_bytes = round_up(tiles + numbers + others, 1024);
     return config;
   };
   const bool is_full = options.bias == BiasKind::full;  // its addresses take registers
-  if (head_dim <= 64) return is_full ? make(64, 128, 128, 4) : make(64, 192, options.softcap ? 96 : 128, 4);
+  if (head_dim <= 64) return is_full ? make(64, 128, 128, 4) : make(64, 192, options.softcap ? 96 : 112, 4);
   if (head_dim <= 96) return is_full ? make(96, 128, 96, 3) : make(96, 192, options.softcap ? 80 : 96, 3);
   if (head_dim <= 128) return is_full ? make(128, 128, 96, 3) : make(128, 192, options.softcap ? 64 : 80, 4);
   if (head_dim <= 192) return make(192, 128, is_full ? 64 : 96, 2);

@@ -33,20 +33,22 @@ struct alignas(1024) Panels {
   static constexpr int along_rows(int step) { return step * 16 * kPanelRowBytes; }
 };
 
-/// kThreads (a multiple of 64) start copying `kChunks` times 16 bytes of each row. `row_at(row)` says where a row is,
-/// or null: zeros.
-template <int kChunks, int kThreads = kWarpgroup, class AnyPanels, class RowAt>
+/// kThreads (a multiple of 64) start copying `kChunks` times 16 bytes of each row: a thread has a part of some rows.
+/// `row_at(row, i)` says where a row is, the thread's i-th, or (not kEveryRow) null: zeros.
+constexpr int kGatherLanes = 8;
+template <int kChunks, int kThreads = kWarpgroup, bool kEveryRow = false, class AnyPanels, class RowAt>
 void gather_rows(AnyPanels& to, int thread, const RowAt& row_at) {
-  constexpr int kLanes = 8, kRowsAtOnce = kThreads / kLanes;
-  const int first = thread / kLanes, lane = thread % kLanes;
+  constexpr int kRowsAtOnce = kThreads / kGatherLanes;
+  const int first = thread / kGatherLanes, lane = thread % kGatherLanes;
 #pragma unroll 16
   for (int row = 0; row < AnyPanels::kRows; row += kRowsAtOnce) {
     if (AnyPanels::kRows % kRowsAtOnce != 0 && first + row >= AnyPanels::kRows) break;
-    const u16* const from = row_at(first + row);
+    const u16* const from = row_at(first + row, row / kRowsAtOnce);
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; chunk += kLanes)
-      if (kChunks % kLanes == 0 || lane + chunk < kChunks)
-        copy_async_16(to.chunk(first, lane + chunk) + row * kPanelRowBytes, from + (lane + chunk) * 8, from != nullptr);
+    for (int chunk = 0; chunk < kChunks; chunk += kGatherLanes)
+      if (kChunks % kGatherLanes == 0 || lane + chunk < kChunks)
+        copy_async_16(to.chunk(first, lane + chunk) + row * kPanelRowBytes, from + (lane + chunk) * 8,
+                      kEveryRow || from != nullptr);
   }
 }
 

@@ -22,5 +22,9 @@ inline void arrive_expecting(Barrier& barrier, int bytes) {
 }
 
 inline void wait(Barrier& barrier, int parity) { emulator::wait_at_barrier(&barrier, parity); }
+inline bool is_complete(Barrier& barrier, int parity) { return emulator::is_complete(&barrier, parity); }
+inline void wait_unless(bool complete, Barrier& barrier, int parity) {
+  if (!complete) wait(barrier, parity);
+}
 
 }  // namespace flash_dmattn::cuda

@@ -70,6 +70,8 @@ inline u32 ballot(bool predicate) {
   return lane.result;
 }
 
+inline bool any(bool predicate) { return ballot(predicate) != 0; }
+
 inline int count_ones(u32 x) { return std::popcount(x); }
 inline int leading_zeros(u32 x) { return std::countl_zero(x); }
 inline int lowest_one(u32 x) { return x ? std::countr_zero(x) : -1; }

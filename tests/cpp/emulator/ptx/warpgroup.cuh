@@ -55,8 +55,8 @@ namespace emulator {
 template <class T, int kColumns>
 constexpr Number number_of() {
   static_assert(std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>);
-  static_assert(kColumns == 32 || kColumns == 64 || kColumns == 80 || kColumns == 96 || kColumns == 128 ||
-                kColumns == 192 || kColumns == 256);
+  static_assert(kColumns == 32 || kColumns == 64 || kColumns == 80 || kColumns == 96 || kColumns == 112 ||
+                kColumns == 128 || kColumns == 192 || kColumns == 256);
   return std::is_same_v<T, bfloat16> ? Number::bfloat16 : Number::float16;
 }
 
