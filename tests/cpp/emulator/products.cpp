@@ -22,17 +22,25 @@ void read_operand(u64 descriptor, int count, bool is_mn_major, u16* to, int k_st
   const auto field = [&](int shift) { return static_cast<int>(descriptor >> shift & 0x3fff) << 4; };
   const int start = field(0), leading = field(16), stride = field(32);
   const Block& block = *self->block;
+  const auto read_numbers = [&](int address, int k, int i, int step) {
+    if (address + 16 > block.shared_bytes) fail("multiply: outside the block's shared memory");
+    u16 numbers[8];
+    std::memcpy(numbers, block.shared + address, sizeof numbers);
+    for (int j = 0; j < 8; ++j) to[k * k_step + i * i_step + j * step] = numbers[j];
+  };
+  if (descriptor >> 62 == 0 && !is_mn_major) {  // plain_operand()
+    for (int i = 0; i < count; ++i)
+      for (int k = 0; k < kDepth; k += 8)
+        read_numbers(start + i / 8 * stride + i % 8 * 16 + k / 8 * leading, k, i, k_step);
+    return;
+  }
   if (descriptor >> 62 != 1) fail("multiply: no operand()");
   // The swizzle is that of addresses, so that a panel starts at a multiple of 1024 bytes; within a row one may start at
   // another number, and then the row is shorter.
   const int row_bytes = 2 * (is_mn_major ? least(count, 64) : kDepth);
   if (start % 1024 + row_bytes > 128) fail("multiply: an operand starts at byte %d of a panel", start % 1024);
   const auto read = [&](int address, int k, int i, int step) {
-    address ^= (address >> 7 & 7) << 4;
-    if (address + 16 > block.shared_bytes) fail("multiply: outside the block's shared memory");
-    u16 numbers[8];
-    std::memcpy(numbers, block.shared + address, sizeof numbers);
-    for (int j = 0; j < 8; ++j) to[k * k_step + i * i_step + j * step] = numbers[j];
+    read_numbers(address ^ (address >> 7 & 7) << 4, k, i, step);
   };
   if (is_mn_major) {
     for (int k = 0; k < kDepth; ++k)

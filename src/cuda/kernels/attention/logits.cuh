@@ -92,29 +92,22 @@ struct Biases {
 constexpr int place_of_bias(int column) {
   return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
 }
-/// A thread's part of them.
-template <int kColumnTiles>
-struct KeyBiases {
+template <int kRowTiles, int kColumnTiles>
+void add_key_biases(float (&score)[kRowTiles][kColumnTiles][4], const float* biases, int lane) {
   static_assert(kColumnTiles % 2 == 0);
   struct alignas(16) Four {
     float x[4];
-  } of_pair[kColumnTiles / 2];
-
-  void load(const float* biases, int lane) {
-    const Four* const of_thread = reinterpret_cast<const Four*>(biases) + lane % 4;
+  };
+  const Four* const of_thread = reinterpret_cast<const Four*>(biases) + lane % 4;
 #pragma unroll
-    for (int pair = 0; pair < kColumnTiles / 2; ++pair) of_pair[pair] = of_thread[4 * pair];
+  for (int n = 0; n < kColumnTiles; n += 2) {
+    const Four bias = of_thread[2 * n];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+      for (int i = 0; i < 8; ++i) score[m][n + i / 4][i % 4] += bias.x[i / 4 * 2 + i % 2];
   }
-  template <int kRowTiles>
-  void add_to(float (&score)[kRowTiles][kColumnTiles][4]) const {
-#pragma unroll
-    for (int n = 0; n < kColumnTiles; ++n)
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) score[m][n][i] += of_pair[n / 2].x[n % 2 * 2 + i % 2];
-  }
-};
+}
 
 /// Sets the scores of pairs that do not see each other to -inf. `key_of(column)(m, half)`: whether the row `half` of
 /// row tile m, one of the two that this thread holds there, sees the key of that column.

@@ -47,6 +47,13 @@ __forceinline__ Operand operand(const void* shared, int leading_bytes, int strid
           kSwizzle128 | static_cast<u32>(stride_bytes >> 4)};
 }
 
+/// Major::k, without panels: of each row 16 bytes stand together, which are 8 numbers, and the other 8 `leading_bytes`
+/// further on.
+__forceinline__ Operand plain_operand(const void* shared, int leading_bytes) {
+  constexpr u32 kEightRows = 8 * 16;
+  return {static_cast<u32>(leading_bytes >> 4) << 16 | shared_address(shared) >> 4, kEightRows >> 4};
+}
+
 /// Before products whose registers were touched.
 __forceinline__ void fence_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 /// Ends a group of products.

@@ -187,11 +187,8 @@ struct Scores {
     add_products(s, stage);
     if constexpr (kConfig.softcap) cap_scores(s, params.logits);
     if constexpr (kConfig.bias == BiasKind::per_key)
-      if (params.bias.data) {  // always: loads, moved up, would need registers
-        KeyBiases<kColumnTiles> of_keys;
-        of_keys.load(shared.bias[tile % 2], lane);
-        of_keys.add_to(s);
-      }
+      if (params.bias.data)
+        add_key_biases(s, shared.bias[tile % 2], lane);  // always: loads, moved up, would need registers
     if constexpr (kConfig.bias == BiasKind::full) add_bias(s, tile);
   }
 

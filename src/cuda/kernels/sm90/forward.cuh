@@ -15,6 +15,7 @@
 #include "ptx/warpgroup.cuh"
 #include "sm90/forward_params.cuh"
 #include "sm90/panels.cuh"
+#include "sm90/terms.cuh"
 
 namespace flash_dmattn::cuda {
 
@@ -27,12 +28,15 @@ struct HopperForward {
   static constexpr int kPanels = kConfig.panels(), kChunks = kOptions.head_dim / 8;
   static constexpr int kTestWords = hopper_test_words(kOptions.test);
   static constexpr bool kHasKeyBias = kOptions.bias == BiasKind::per_key, kHasBits = kOptions.test == Test::bits;
+  /// The products of queries and keys add the biases; a cap has to come before them.
+  static constexpr bool kHasTerms = kConfig.has_terms;
   using Params = HopperForwardParams;
   using T = typename TypeOf<kOptions.number>::type;
 
   /// What is known of a tile of keys.
   struct KeyNumbers {
-    alignas(16) float bias[kKeys];  // BiasKind::per_key, by place_of_bias
+    using KeyBias = typename BiasType<kHasTerms>::type;
+    alignas(16) KeyBias bias[kKeys];  // BiasKind::per_key; numbers by place_of_bias
     int position[kKeys];
     u32 test[kTestWords * kKeys];  // where tested: the rows that see a key, first ones and ends, or its bits
   };
@@ -58,6 +62,7 @@ struct HopperForward {
     Panels<kRows, kPanels> query;
     Panels<kKeys, kPanels> key[kStages], value[kStages];
     KeyNumbers numbers[kStages];                                        // of `key`
+    Terms ones[kHasTerms ? 64 : 1], zeros[kHasTerms ? most(kKeys, 64) : 1];
     const void* row_bias[kOptions.bias == BiasKind::full ? kRows : 1];  // of key 0
     Barrier query_full[kConsumers], query_empty[kConsumers];            // of each part
     Barrier key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
@@ -104,6 +109,10 @@ struct HopperForward {
   /// What products read and nothing is ever copied to.
   static void zero_uncopied(const Params& params, Shared& shared) {
     zero_rows(shared.query, rows_of_tile(params), thread_index(), kThreads);
+    if constexpr (kHasTerms) {
+      for (int i = thread_index(); i < 64; i += kThreads) shared.ones[i] = Terms::ones();
+      for (int i = thread_index(); i < most(kKeys, 64); i += kThreads) shared.zeros[i] = Terms{};
+    }
     if constexpr (kDim != kOptions.head_dim)
       for (int stage = 0; stage < kStages; ++stage) {
         zero_padding<kChunks, kDim>(shared.key[stage], thread_index(), kThreads);
@@ -210,13 +219,14 @@ struct HopperForward {
         if (params.by_boxes) load_tile(tile, shared.key[ring.stage], params.key_boxes, shared.key_full[ring.stage]);
         if (const int key = thread(); key < kKeys) {
           numbers.position[key] = position;
-          if constexpr (kHasKeyBias) numbers.bias[place_of_bias(key)] = Biases<T>(params.scores).scaled(bias);
+          if constexpr (kHasKeyBias) put_bias(numbers, key, Biases<T>(params.scores).scaled(bias));
           if (tile >= shared.origins.work.tested) copy_test(tile, key, numbers);
         }
         if (!params.by_boxes) {
           sync_threads(kCopying, kWarpgroup);
           gather(shared.key[ring.stage], shared.origins.key, params.scores.key.position, shared.key_full[ring.stage]);
         }
+        if (kHasTerms && params.by_boxes) fence_for_bulk();
         arrive(shared.key_full[ring.stage]);  // this thread's numbers are there, too
         if (tile + 1 < tiles) fetch(tile + 1);
         if (!has_queries) {
@@ -264,6 +274,12 @@ struct HopperForward {
           load_box(shared.query.panel(panel) + part * 64 * kPanelRowBytes, params.query_boxes, panel * kPanelColumns,
                    work.unit * shape.pack, first + part * positions, work.b, full);
       }
+    }
+    static void put_bias(KeyNumbers& numbers, int key, float bias) {
+      if constexpr (kHasTerms)
+        numbers.bias[key] = Terms::of(bias);
+      else
+        numbers.bias[place_of_bias(key)] = bias;
     }
     /// A tile of keys or values: by the copy engine, for one thread.
     template <class Tile>
@@ -395,8 +411,6 @@ struct HopperForward {
       const int tested = uniform(work.tested);
       Scores s;
       float scale[1][2];
-      KeyBiases<kColumnTiles> biases;
-      const int lane = thread_index() % kWarp;  // in a register: it would come late where products are about to begin
       wait_keys();
       fence_registers(reinterpret_cast<float (&)[kDim / 2]>(out));
       multiply_keys(s);
@@ -404,9 +418,8 @@ struct HopperForward {
 #pragma unroll 1
       for (int tile = 0; true; ++tile) {
         wait_products<1>();
-        load_biases(biases, lane);
         if (tile + 1 == tiles) release<kLastReaders>(shared.query_empty[part]);
-        finish(s, biases, tile < work.whole, tile >= tested);
+        finish(s, tile < work.whole, tile >= tested);
         wait_products<0>();
         if (tile > 0) release(shared.value_empty[last.stage]);
         last = ring;
@@ -448,6 +461,14 @@ struct HopperForward {
       for (int step = 0; step < kDim / 16; ++step)
         multiply<T, kKeys, Major::k, Major::k>(accumulators, query + shared.query.along_columns(step),
                                                key + shared.key[0].along_columns(step), step > 0);
+      if constexpr (kHasTerms) {
+        const auto operand_of = [&](const Terms* terms) {
+          return plain_operand(terms, static_cast<int>(reinterpret_cast<const char*>(shared.zeros) -
+                                                       reinterpret_cast<const char*>(terms)));
+        };
+        multiply<bfloat16, kKeys, Major::k, Major::k>(accumulators, operand_of(shared.ones),
+                                                      operand_of(shared.numbers[ring.stage].bias), true);
+      }
       commit_products();
     }
     void multiply_values() {
@@ -460,15 +481,11 @@ struct HopperForward {
       commit_products();
     }
 
-    /// Of the tile whose scores come next.
-    void load_biases(KeyBiases<kColumnTiles>& biases, int lane) const {
-      if constexpr (kHasKeyBias) biases.load(shared.numbers[ring.stage].bias, lane);
-    }
     /// Products to scores; after it the tile of keys is not needed any more.
-    void finish(Scores& s, const KeyBiases<kColumnTiles>& biases, bool is_whole, bool is_tested) {
+    void finish(Scores& s, bool is_whole, bool is_tested) {
       const KeyNumbers& numbers = shared.numbers[ring.stage];
       if constexpr (kOptions.softcap) cap_scores(s, params.scores.logits);
-      if constexpr (kHasKeyBias) biases.add_to(s);
+      if constexpr (kHasKeyBias && !kHasTerms) add_key_biases(s, numbers.bias, lane());
       if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, numbers, is_whole);
       if (is_tested) mask(s, numbers);
       release<kLastReaders>(shared.key_empty[ring.stage]);

@@ -39,6 +39,13 @@ inline Operand operand(const void* shared, int leading_bytes, int stride_bytes) 
           shared_address(shared) >> 4};
 }
 
+inline Operand plain_operand(const void* shared, int leading_bytes) {
+  emulator::require_aligned("plain_operand", shared, 16);
+  if (leading_bytes < 0 || leading_bytes >= 1 << 18 || leading_bytes % 16 != 0)
+    emulator::fail("plain_operand: %d bytes", leading_bytes);
+  return {u64{8} << 32 | static_cast<u64>(leading_bytes >> 4) << 16 | shared_address(shared) >> 4};
+}
+
 inline void fence_products() { emulator::self->products_are_fenced = true; }
 inline void commit_products() { emulator::commit_products(); }
 template <int kPending>

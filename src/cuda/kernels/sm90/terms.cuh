@@ -1,0 +1,47 @@
+// A number for each column that a product adds itself, in one step more of 16: three numbers of 16 bits, which have the
+// 24 bits of the one between them, against ones. It is the last step: beside a large sum, products are cut off.
+#pragma once
+#include "ptx/number.cuh"
+#include "ptx/warpgroup.cuh"
+#include "types.cuh"
+
+namespace flash_dmattn::cuda {
+
+/// The first half of a row of 16 columns, bfloat16 whatever the other operands are; the second half is zeros.
+struct alignas(16) Terms {
+  u16 bits[8];
+
+  static Terms of(float x) {
+    Terms terms{};
+    float rest = x;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      const bfloat16 part = from_float<bfloat16>(rest);
+      terms.bits[i] = part.bits;
+      if (x != kInfinity && x != -kInfinity)
+        rest -= to_float(part);
+      else
+        rest = 0;
+    }
+    return terms;
+  }
+  static Terms ones() {
+    Terms terms{};
+    for (int i = 0; i < kParts; ++i) terms.bits[i] = from_float<bfloat16>(1).bits;
+    return terms;
+  }
+
+ private:
+  static constexpr int kParts = 3;
+};
+
+template <bool kHasTerms>
+struct BiasType {
+  using type = float;
+};
+template <>
+struct BiasType<true> {
+  using type = Terms;
+};
+
+}  // namespace flash_dmattn::cuda
