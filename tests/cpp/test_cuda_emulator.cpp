@@ -403,31 +403,6 @@ TEST(a_copy_over_a_copy_is_seen) {
   CHECK_EQUAL(out[1], 4);
 }
 
-/// Two warps write by turns.
-struct WarpsTakeTurns : Warps<2> {
-  static void run(const Params& params, char*) {
-    const int warp = thread_index() / 32;
-    if (warp == 1) arrive_threads(1, 64);
-    for (int i = 0; i < 5; ++i) {
-      sync_threads(1 + warp, 64);
-      if (thread_index() % 32 == 0) *params.out = *params.out * 3 + warp;
-      arrive_threads(2 - warp, 64);
-    }
-  }
-};
-EMULATE(WarpsTakeTurns);
-
-TEST(threads_arrive_without_waiting) {
-  EmulatedStream stream;
-  int* out = stream.allocate_array<int>(1);
-  for (unsigned seed = 0; seed < 10; ++seed) {
-    stream.seed(seed);
-    *out = 0;
-    CHECK_EQUAL(thrown(stream, "WarpsTakeTurns", 1, 64, {out, nullptr}), "nothing");
-    CHECK_EQUAL(*out, (59049 - 1) / 8);  // 0101010101 to base 3
-  }
-}
-
 /// Sums of 16 floats, and 16 numbers; what is written over them before or after they are read.
 template <bool kWaits>
 struct BulkCopies : Warps<1> {

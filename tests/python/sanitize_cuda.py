@@ -76,6 +76,12 @@ CASES = {
     "decode-dynamic": lambda: step(
         problem(query_len=1, key_len=2500), attn_mask=dynamic(1, 2500, 600), attn_bias=per_key_bias(key_len=2500)
     ),
+    # More tiles of rows than a GPU has multiprocessors: blocks that stay have several.
+    "many-heads": lambda: step(
+        problem(query_len=100, key_len=100, heads=300, kv_heads=300),
+        attn_mask=dynamic(100, 100),
+        attn_bias=per_key_bias(key_len=100, heads=300),
+    ),
     "wide-heads": lambda: step(problem(head_dim=256), is_causal=True),
     "long-mask": lambda: dynamic(5000, 5000, 300),
     "long-windows": lambda: dynamic(3000, 3000, 2500),

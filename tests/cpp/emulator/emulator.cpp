@@ -413,7 +413,7 @@ void meet_warpgroup(const char* operation, void* given, void (*work)(void* const
   meet(block.warpgroup_meetings[self->index / 128], self->index % 128, 128, operation, given, work);
 }
 
-void meet_block(int id, int threads, bool waits) {
+void meet_block(int id, int threads) {
   if (!self->barriers_are_fenced) fail("is at barrier %d between init and fence_barriers", id);
   NumberedBarrier& barrier = static_cast<RunningBlock*>(self->block)->numbered_barriers[id];
   if (barrier.arrived == 0)
@@ -421,14 +421,12 @@ void meet_block(int id, int threads, bool waits) {
   else if (barrier.threads != threads)
     fail("barrier %d of %d threads; others said %d", id, threads, barrier.threads);
   if (++barrier.arrived < threads) {
-    if (!waits) return;
     barrier.waiting.push_back(&launch->fiber());
     launch->leave(State::waiting);
   } else {
     for (Fiber* other : barrier.waiting) launch->make_ready(other);
     barrier.waiting.clear();
     barrier.arrived = 0;
-    if (!waits) let_others_go_first();
   }
 }
 

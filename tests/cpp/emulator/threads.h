@@ -90,7 +90,7 @@ void meet_warp(const char* operation, void* given, void (*work)(void* const* giv
 void meet_warpgroup(const char* operation, void* given, void (*work)(void* const* given));
 
 /// Comes to barrier `id`, and, if it `waits`, until `threads` threads of the block have.
-void meet_block(int id, int threads, bool waits = true);
+void meet_block(int id, int threads);
 
 /// At random: called by a thread that has told others something and does not wait for them. What it does next may come
 /// long after.

@@ -126,6 +126,22 @@ void mask_scores(float (&score)[kRowTiles][kColumnTiles][4], int lane, const Key
     }
 }
 
+/// Where a row sees the first `count` columns.
+template <int kRowTiles, int kColumnTiles>
+void mask_by_count(float (&score)[kRowTiles][kColumnTiles][4], int lane, const int (&count)[kRowTiles][2]) {
+#pragma unroll
+  for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int seen = count[m][half] - lane % 4 * 2;
+#pragma unroll
+      for (int n = 0; n < kColumnTiles; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (8 * n + i >= seen) score[m][n][2 * half + i] = -kInfinity;
+    }
+}
+
 /// Test::interval. `at`: the absolute positions of the rows; `positions` and `ends` of the columns.
 template <int kRowTiles, int kColumnTiles>
 void mask_by_intervals(float (&score)[kRowTiles][kColumnTiles][4], int lane, const int (&at)[kRowTiles][2],

@@ -32,9 +32,5 @@ __forceinline__ void sync_block() { __syncthreads(); }
 __forceinline__ void sync_threads(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-/// Comes to that barrier without waiting: some threads call this, and the others sync_threads.
-__forceinline__ void arrive_threads(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 }  // namespace flash_dmattn::cuda

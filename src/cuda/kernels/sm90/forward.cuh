@@ -61,7 +61,7 @@ struct HopperForward {
   struct Shared {
     Panels<kRows, kPanels> query;
     Panels<kKeys, kPanels> key[kStages], value[kStages];
-    KeyNumbers numbers[kStages];                                        // of `key`
+    KeyNumbers numbers[kStages];  // of `key`
     Terms ones[kHasTerms ? 64 : 1], zeros[kHasTerms ? most(kKeys, 64) : 1];
     const void* row_bias[kOptions.bias == BiasKind::full ? kRows : 1];  // of key 0
     Barrier query_full[kConsumers], query_empty[kConsumers];            // of each part
@@ -72,7 +72,7 @@ struct HopperForward {
   static_assert(kKeys <= kWarpgroup && sizeof(Shared) <= kConfig.shared_bytes &&
                 kConfig.shared_bytes <= shared_capacity(90));
 
-  enum NamedBarrier { kCopying = 1, kTurn = 2 };
+  enum NamedBarrier { kCopying = 1 };
 
   /// Threads of a warp that between them read all numbers of a tile of keys, and of which one writes a row's lse; the
   /// last four do so last. They say so themselves: racecheck does not see a sync_warp, which needs no instruction where
@@ -220,7 +220,7 @@ struct HopperForward {
         if (const int key = thread(); key < kKeys) {
           numbers.position[key] = position;
           if constexpr (kHasKeyBias) put_bias(numbers, key, Biases<T>(params.scores).scaled(bias));
-          if (tile >= shared.origins.work.tested) copy_test(tile, key, numbers);
+          if (!params.by_boxes && tile >= shared.origins.work.tested) copy_test(tile, key, numbers);
         }
         if (!params.by_boxes) {
           sync_threads(kCopying, kWarpgroup);
@@ -375,7 +375,6 @@ struct HopperForward {
     }
 
     void run() {
-      if (kConfig.turns && warpgroup == kConsumers - 1) arrive_threads(kTurn, 2 * kWarpgroup);
 #pragma unroll 1
       for (int works = 0; true; ++works) {
         wait(shared.query_full[part], works % 2);
@@ -395,16 +394,6 @@ struct HopperForward {
         }
         write(work, softmax);
       }
-      if (kConfig.turns && warpgroup == 0) sync_threads(kTurn, 2 * kWarpgroup);
-    }
-
-    // Warpgroups may take turns at issuing products: then one's exponentials run under the others' products.
-    void my_turn() const {
-      if constexpr (kConfig.turns) sync_threads(kTurn + warpgroup, 2 * kWarpgroup);
-    }
-    void next_turn() const {
-      if constexpr (kConfig.turns)
-        arrive_threads(kTurn + (warpgroup == kConsumers - 1 ? 0 : warpgroup + 1), 2 * kWarpgroup);
     }
 
     void attend(const Work& work, int tiles, Softmax<1>& softmax) {
@@ -419,8 +408,9 @@ struct HopperForward {
       for (int tile = 0; true; ++tile) {
         wait_products<1>();
         if (tile + 1 == tiles) release<kLastReaders>(shared.query_empty[part]);
-        finish(s, tile < work.whole, tile >= tested);
-        wait_products<0>();
+        finish(s, work, tile, tile >= tested);
+        wait_products<0>();  // they take the last probabilities
+        fence_registers(reinterpret_cast<float (&)[kKeys / 2]>(s));
         if (tile > 0) release(shared.value_empty[last.stage]);
         last = ring;
         ring.advance();
@@ -433,10 +423,8 @@ struct HopperForward {
         if (tile + 1 == tiles) break;
         wait_unless(has_keys, shared.key_full[ring.stage], ring.parity);
         see_copies();
-        my_turn();
         multiply_keys(s);
         multiply_values();
-        next_turn();
       }
       see_copies();
       multiply_values();
@@ -482,12 +470,12 @@ struct HopperForward {
     }
 
     /// Products to scores; after it the tile of keys is not needed any more.
-    void finish(Scores& s, bool is_whole, bool is_tested) {
+    void finish(Scores& s, const Work& work, int tile, bool is_tested) {
       const KeyNumbers& numbers = shared.numbers[ring.stage];
       if constexpr (kOptions.softcap) cap_scores(s, params.scores.logits);
       if constexpr (kHasKeyBias && !kHasTerms) add_key_biases(s, numbers.bias, lane());
-      if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, numbers, is_whole);
-      if (is_tested) mask(s, numbers);
+      if constexpr (kOptions.bias == BiasKind::full) add_full_bias(s, numbers, tile < work.whole);
+      if (is_tested) mask(s, work, tile, numbers);
       release<kLastReaders>(shared.key_empty[ring.stage]);
     }
 
@@ -511,8 +499,17 @@ struct HopperForward {
                  [&](int, int half) { return shared.row_bias[row_of(half)]; });
     }
 
-    void mask(Scores& s, const KeyNumbers& numbers) {
+    void mask(Scores& s, const Work& work, int tile, const KeyNumbers& numbers) {
       int at[1][2];
+      if (!kHasBits && params.by_boxes) {  // a span, of which every row sees the beginning
+        const ScoresParams& scores = params.scores;
+        for (int half = 0; half < 2; ++half) {
+          const int position = scores.shape.first_position() + work.first_query + row_at(params, row_of(half)).query;
+          at[0][half] = (scores.plan.is_causal ? position + 1 : scores.shape.key_len) - tile * kKeys;
+        }
+        mask_by_count(s, lane(), at);
+        return;
+      }
       if constexpr (kHasBits) {
         const int first = row_at(params, warp_row()).query;
         for (int half = 0; half < 2; ++half) at[0][half] = row_at(params, row_of(half)).query - first;

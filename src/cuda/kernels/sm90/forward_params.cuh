@@ -22,7 +22,6 @@ struct HopperForwardConfig {
   int registers;       ///< of a thread that computes
   int copy_registers;  ///< of one that copies
   bool has_terms;      ///< products add the keys' biases
-  bool turns = true;   ///< warpgroups take turns at issuing products
   int shared_bytes = 0;
 
   constexpr int consumers() const { return rows / 64; }
@@ -39,13 +38,19 @@ constexpr int hopper_test_words(Test test) { return test == Test::interval ? 2 :
 constexpr HopperForwardConfig hopper_forward_config(const HopperForwardOptions& options) {
   const int head_dim = options.head_dim;
   const auto make = [&](int dim, int rows, int keys, int stages) {
-    HopperForwardConfig config{head_dim, dim, rows, keys, stages, rows == 192 ? 160 : 224, rows == 192 ? 32 : 56,
+    HopperForwardConfig config{head_dim,
+                               dim,
+                               rows,
+                               keys,
+                               stages,
+                               rows == 192 ? 160 : 224,
+                               rows == 192 ? 32 : 56,
                                options.bias == BiasKind::per_key && !options.softcap};
     const int tiles = (rows + 2 * stages * keys) * config.panels() * 128;
     const int bias_words = config.has_terms ? 4 : 1;
     const int numbers = stages * keys * (1 + bias_words + hopper_test_words(options.test)) * 4,
-              others = rows * 8 + (6 + 4 * stages) * 8 + 6 * 28 + 96 +
-                       (config.has_terms ? (64 + most(keys, 64)) * 16 : 32);
+              others =
+                  rows * 8 + (6 + 4 * stages) * 8 + 6 * 28 + 96 + (config.has_terms ? (64 + most(keys, 64)) * 16 : 32);
     config.shared_bytes = round_up(tiles + numbers + others, 1024);
     return config;
   };

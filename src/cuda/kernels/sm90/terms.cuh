@@ -1,5 +1,6 @@
-// A number for each column that a product adds itself, in one step more of 16: three numbers of 16 bits, which have the
-// 24 bits of the one between them, against ones. It is the last step: beside a large sum, products are cut off.
+// A number for each column of scores that their product adds itself, in a step more: three numbers of 16 bits, which
+// have the 24 bits of the one between them, against ones. It is the last step: what comes after a large number is cut
+// off beside it.
 #pragma once
 #include "ptx/number.cuh"
 #include "ptx/warpgroup.cuh"
@@ -7,21 +8,19 @@
 
 namespace flash_dmattn::cuda {
 
-/// The first half of a row of 16 columns, bfloat16 whatever the other operands are; the second half is zeros.
+/// The first half of the step's 16 columns, bfloat16 whatever the other operands are; the second half is zeros.
 struct alignas(16) Terms {
   u16 bits[8];
 
   static Terms of(float x) {
     Terms terms{};
+    const bool is_infinite = x == kInfinity || x == -kInfinity;
     float rest = x;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const bfloat16 part = from_float<bfloat16>(rest);
       terms.bits[i] = part.bits;
-      if (x != kInfinity && x != -kInfinity)
-        rest -= to_float(part);
-      else
-        rest = 0;
+      rest = is_infinite ? 0.0f : rest - to_float(part);
     }
     return terms;
   }
@@ -35,6 +34,7 @@ struct alignas(16) Terms {
   static constexpr int kParts = 3;
 };
 
+/// What is known of a key's bias.
 template <bool kHasTerms>
 struct BiasType {
   using type = float;

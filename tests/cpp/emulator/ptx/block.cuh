@@ -18,9 +18,5 @@ inline void sync_threads(int id, int threads) {
   if (id < 1 || id > 15 || threads % 32 != 0) emulator::fail("sync_threads: no such barrier");
   emulator::meet_block(id, threads);
 }
-inline void arrive_threads(int id, int threads) {
-  if (id < 1 || id > 15 || threads % 32 != 0) emulator::fail("arrive_threads: no such barrier");
-  emulator::meet_block(id, threads, false);
-}
 
 }  // namespace flash_dmattn::cuda
