@@ -521,13 +521,14 @@ EMULATE_PRODUCTS(32);
 EMULATE_PRODUCTS(64);
 EMULATE_PRODUCTS(80);
 EMULATE_PRODUCTS(96);
+EMULATE_PRODUCTS(112);
 EMULATE_PRODUCTS(128);
 EMULATE_PRODUCTS(192);
 EMULATE_PRODUCTS(256);
 
 TEST(warpgroups_multiply) {
   for (const char* type : {"bfloat16", "float16"})
-    for (int columns : {32, 64, 80, 96, 128, 192, 256}) {
+    for (int columns : {32, 64, 80, 96, 112, 128, 192, 256}) {
       const std::string name = std::string("Products<") + type + ", " + std::to_string(columns) + ">";
       test::Context context(name);
       EmulatedStream stream;
@@ -538,6 +539,45 @@ TEST(warpgroups_multiply) {
           for (int column = 0; column < columns; ++column)
             CHECK_EQUAL(out[(layout * 64 + row) * columns + column],
                         static_cast<float>(1 + 2 * product_at(row, column)));
+    }
+}
+
+/// C = A B where rows of 16 numbers stand in two halves, the second ones far from the first.
+struct PlainProduct : Warps<4> {
+  static constexpr int kColumns = 32, kFar = 4096;
+  static void run(const Params& params, char* shared) {
+    char *const left = shared, *const right = shared + 1024;
+    const int t = thread_index(), g = t / 32 * 16 + t % 32 / 4, i = t % 4 * 2;
+    const auto put = [&](char* rows, int row, int k, int x) {
+      *reinterpret_cast<bfloat16*>(rows + k / 8 * kFar + row * 16 + k % 8 * 2) =
+          from_float<bfloat16>(static_cast<float>(x));
+    };
+    for (int k = 0; k < 16; ++k) {
+      if (t < 64) put(left, t, k, static_cast<int>(a_at(t, k)));
+      if (t < kColumns) put(right, t, k, static_cast<int>(b_at(k, t)));
+    }
+    fence_for_bulk();
+    sync_block();
+    float c[kColumns / 2];
+    fence_products();
+    multiply<bfloat16, kColumns, Major::k, Major::k>(c, plain_operand(left, kFar), plain_operand(right, kFar), false);
+    commit_products();
+    wait_products<0>();
+    float* const out = reinterpret_cast<float*>(params.out);
+    for (int j = 0; j < kColumns / 2; ++j) out[(g + j / 2 % 2 * 8) * kColumns + j / 4 * 8 + i + j % 2] = c[j];
+  }
+};
+EMULATE(PlainProduct);
+
+TEST(warpgroups_multiply_rows_in_halves) {
+  EmulatedStream stream;
+  float* out = stream.allocate_array<float>(64 * PlainProduct::kColumns);
+  stream.launch({"", "PlainProduct"}, {1}, 128, 8192, Memory{reinterpret_cast<int*>(out), nullptr});
+  for (int row = 0; row < 64; ++row)
+    for (int column = 0; column < PlainProduct::kColumns; ++column) {
+      double exact = 0;
+      for (int k = 0; k < 16; ++k) exact += static_cast<double>(a_at(row, k)) * b_at(k, column);
+      CHECK_EQUAL(out[row * PlainProduct::kColumns + column], static_cast<float>(exact));
     }
 }
 

@@ -139,6 +139,18 @@ TEST(hopper_forward_follows_the_maximum) {
   }
 }
 
+TEST(hopper_forward_of_biases_of_any_size) {
+  Random random(13);
+  for (const double size : {1e4, 1e10, 1e37, 3.4e38}) {
+    Inputs in = test::make_inputs(random, {1, 200, 300, 2, 1, 128}, DType::float16, true);
+    in.bias.emplace(DType::float32, Index<4>{1, 1, 1, 300});
+    in.bias->for_each([&](const Index<4>& i) {
+      in.bias->set(i, i[3] % 7 == 6 ? -INFINITY : (i[3] % 3 - 2) * size + random.normal());
+    });
+    check_forward(in);
+  }
+}
+
 TEST(hopper_forward_of_rows_that_see_nothing) {
   Random random(5);
   // So many queries that whole tiles of rows see no key.

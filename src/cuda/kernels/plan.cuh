@@ -46,8 +46,7 @@ constexpr int kMostBits = 1024;  ///< positions of a run whose keys are tested b
 struct Plan {
   Runs runs;  ///< each has a list
   int is_causal;
-  const KeyList*
-      lists;  ///< (B | 1, units | 1, runs.count); null: spans, the keys 0, 1, 2, … up to what causality allows
+  const KeyList* lists;  ///< (B | 1, units | 1, runs); null: spans, the keys 0, 1, 2, … up to what causality allows
   i64 lists_batch, lists_unit;  ///< strides, 0 where broadcast
   const int* positions;         ///< with lists: the keys' positions; null: the keys 0, 1, 2, …
   const u32* bits;  ///< Test::bits: for each listed key `words` words, bit i of which says that position i of the

@@ -12,15 +12,15 @@ namespace flash_dmattn::cuda {
 struct alignas(16) Terms {
   u16 bits[8];
 
+  /// Of a number, or -inf.
   static Terms of(float x) {
     Terms terms{};
-    const bool is_infinite = x == kInfinity || x == -kInfinity;
     float rest = x;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) {
       const bfloat16 part = from_float<bfloat16>(rest);
       terms.bits[i] = part.bits;
-      rest = is_infinite ? 0.0f : rest - to_float(part);
+      rest = x == -kInfinity ? 0.0f : rest - to_float(part);
     }
     return terms;
   }
