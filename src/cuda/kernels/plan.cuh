@@ -23,9 +23,9 @@ struct Runs {
     return static_cast<int>((static_cast<i64>(queries) + length - 1) / length);
   }
   /// Run r has the queries [first(r), stop(r)).
-  constexpr int first(int r) const { return static_cast<int>(most<i64>(static_cast<i64>(r) * length - missing, 0)); }
+  constexpr int first(int r) const { return most(r * length - missing, 0); }
   constexpr int stop(int r) const {
-    return static_cast<int>(least<i64>((static_cast<i64>(r) + 1) * length - missing, queries));
+    return static_cast<int>(least<i64>(static_cast<i64>(r * length - missing) + length, queries));
   }
   constexpr int size(int r) const { return stop(r) - first(r); }
 };
