@@ -89,7 +89,7 @@ void meet_warp(const char* operation, void* given, void (*work)(void* const* giv
 /// The same with the 128 threads of a warpgroup.
 void meet_warpgroup(const char* operation, void* given, void (*work)(void* const* given));
 
-/// Comes to barrier `id`, and, if it `waits`, until `threads` threads of the block have.
+/// Comes to barrier `id`, and waits until `threads` threads of the block have.
 void meet_block(int id, int threads);
 
 /// At random: called by a thread that has told others something and does not wait for them. What it does next may come

@@ -85,7 +85,7 @@ struct BackwardParams {
   Logits logits;
   float factor;                  ///< logits.factor with the sign of the queries
   float* grad_query;             ///< tiles: (B, units, runs, tiles of a run, QueryTile::size())
-  float *grad_key, *grad_value;  ///< (B, K, Hk, BackwardTiles::dim), columns in the order of column_in_sums
+  float *grad_key, *grad_value;  ///< (B, K, Hk, BackwardTiles::dim), columns by place_of_column
   // Where a tile of keys has one block, it writes dK and dV themselves: the data of these is not null then.
   Rows key_out, value_out;
   float scale;
@@ -98,10 +98,5 @@ struct BackwardParams {
   // Lists that are spans have the same keys in the same tile: then each tile has its own turns.
   int *ticket, *query_turn, *key_turn;
 };
-
-/// A thread's four sums of two neighbouring 16 x 8 blocks stand together.
-constexpr int column_in_sums(int column) {
-  return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
-}
 
 }  // namespace flash_dmattn::cuda

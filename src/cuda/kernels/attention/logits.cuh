@@ -87,11 +87,7 @@ struct Biases {
   }
 };
 
-/// BiasKind::per_key: the scaled bias of a column stands at this place. A thread's four of two neighbouring 16 x 8
-/// blocks are together.
-constexpr int place_of_bias(int column) {
-  return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
-}
+/// BiasKind::per_key: the scaled biases of the columns, by place_of_column.
 template <int kRowTiles, int kColumnTiles>
 void add_key_biases(float (&score)[kRowTiles][kColumnTiles][4], const float* biases, int lane) {
   static_assert(kColumnTiles % 2 == 0);

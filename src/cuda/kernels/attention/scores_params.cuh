@@ -17,6 +17,11 @@ struct Logits {
 /// The largest magnitude that a finite bias may add: the sum stays finite.
 constexpr float kLargestBias = 1e38f;
 
+/// An order of columns in which a thread's four of two neighbouring 16 x 8 blocks stand together.
+constexpr int place_of_column(int column) {
+  return column / 16 * 16 + column % 8 / 2 * 4 + column / 8 % 2 * 2 + column % 2;
+}
+
 struct ScoresParams {
   Shape shape;
   Rows query, key;

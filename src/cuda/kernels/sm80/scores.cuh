@@ -29,7 +29,7 @@ struct ScoresShared {
   Tile<kConfig.rows, kConfig.head_dim> query;
   Tile<kKeys, kConfig.head_dim> key[kConfig.stages];
   int position[4][kKeys];
-  float bias[2][kKeys];                           // BiasKind::per_key, by place_of_bias
+  float bias[2][kKeys];                           // BiasKind::per_key, by place_of_column
   u32 test[2][kKeys * test_words(kConfig.test)];  // Interval::end or bits
   Origins origins;
   const void* row_bias[kConfig.bias == BiasKind::full ? kConfig.rows : 2];  // of key 0
@@ -151,7 +151,7 @@ struct Scores {
   }
   void put_bias(int tile) {
     if constexpr (kConfig.bias == BiasKind::per_key)
-      if (thread < kKeys) shared.bias[tile % 2][place_of_bias(thread)] = biases.scaled(next_bias);
+      if (thread < kKeys) shared.bias[tile % 2][place_of_column(thread)] = biases.scaled(next_bias);
   }
   /// Starts copying what the test of a tile needs.
   void copy_test(int tile) {

@@ -36,7 +36,7 @@ struct HopperForward {
   /// What is known of a tile of keys.
   struct KeyNumbers {
     using KeyBias = typename BiasType<kHasTerms>::type;
-    alignas(16) KeyBias bias[kKeys];  // BiasKind::per_key; numbers by place_of_bias
+    alignas(16) KeyBias bias[kKeys];  // BiasKind::per_key; numbers by place_of_column
     int position[kKeys];
     u32 test[kTestWords * kKeys];  // where tested: the rows that see a key, first ones and ends, or its bits
   };
@@ -279,7 +279,7 @@ struct HopperForward {
       if constexpr (kHasTerms)
         numbers.bias[key] = Terms::of(bias);
       else
-        numbers.bias[place_of_bias(key)] = bias;
+        numbers.bias[place_of_column(key)] = bias;
     }
     /// A tile of keys or values: by the copy engine, for one thread.
     template <class Tile>

@@ -33,9 +33,10 @@ struct alignas(1024) Panels {
   static constexpr int along_rows(int step) { return step * 16 * kPanelRowBytes; }
 };
 
+constexpr int kGatherLanes = 8;  // threads that share a row
+
 /// kThreads (a multiple of 64) start copying `kChunks` times 16 bytes of each row: a thread has a part of some rows.
 /// `row_at(row, i)` says where a row is, the thread's i-th, or (not kEveryRow) null: zeros.
-constexpr int kGatherLanes = 8;
 template <int kChunks, int kThreads = kWarpgroup, bool kEveryRow = false, class AnyPanels, class RowAt>
 void gather_rows(AnyPanels& to, int thread, const RowAt& row_at) {
   constexpr int kRowsAtOnce = kThreads / kGatherLanes;
