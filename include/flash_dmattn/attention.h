@@ -53,6 +53,10 @@ class Plan {
 struct Output {
   View<4> out;  ///< (B, Q, H, D), the query's dtype
   View<3> lse;  ///< (B, H, Q) float32 (float64 for float64), natural logarithm
+  /// On a GPU: what backward reads in place of a mask with a value for each pair, if forward was given a place for it.
+  /// cuda::mask_bits_size int32, contiguous: bit i of [b, h, w, k] is mask[b, h, 32 w + i, k], unless causality hides
+  /// that pair. The CPU needs none.
+  std::optional<View<4>> mask_bits = {};
 };
 
 struct OutputGradient {

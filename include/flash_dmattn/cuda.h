@@ -3,6 +3,7 @@
 // Needs no CUDA to build: the driver and NVRTC are loaded when first used, and kernels are compiled when first used.
 // Views refer to memory of the stream's device. Nothing here waits for the device: errors of kernels come later.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -74,6 +75,10 @@ class Stream {
 std::unique_ptr<Stream> gpu_stream(int device, void* stream, std::function<void*(std::size_t bytes)> allocate);
 
 void forward(const Problem& problem, const Output& output, Stream& stream);
+
+/// Of Output::mask_bits: (B | 1, 1 | Hk | H, ceil(Q / 32), K), as the mask is before an expand; zeros where it has no
+/// value for each pair, and there are no bits.
+std::array<std::int64_t, 4> mask_bits_size(const Problem& problem);
 
 /// `deterministic`: the same bits on every run, for which sums wait for their turn.
 void backward(const Problem& problem, const Output& output, const OutputGradient& output_gradient,

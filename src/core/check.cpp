@@ -149,6 +149,13 @@ void check(const Problem& problem, const InputGradient& gradient) {
   }
 }
 
+void check_mask_bits(const View<4>& mask_bits, const std::array<std::int64_t, 4>& size) {
+  check_dtype("mask_bits", mask_bits, DType::int32);
+  check_size("mask_bits", mask_bits, size);
+  check_in_reach("mask_bits", mask_bits);
+  if (!is_contiguous(mask_bits)) refuse("mask_bits: is not contiguous, takes a contiguous tensor");
+}
+
 void check_probabilities(const Problem& problem, const View<3>& lse, const View<4>& probs) {
   const Shape s(problem);
   check_dtype("lse", lse, sum_dtype(problem.query.dtype));

@@ -1,5 +1,7 @@
 // The sizes of a problem, and what its broadcast dimensions mean.
 #pragma once
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 
@@ -36,6 +38,21 @@ View<Rank> without_expand(View<Rank> view) {
     if (view.size[i] <= 1) view.stride[i] = 0;
   }
   return view;
+}
+
+template <std::size_t Rank>
+std::int64_t product(const std::array<std::int64_t, Rank>& size) {
+  std::int64_t all = 1;
+  for (const std::int64_t each : size) all *= each;
+  return all;
+}
+
+template <int Rank>
+bool is_contiguous(const View<Rank>& view) {
+  std::int64_t step = 1;
+  for (int i = Rank; i-- > 0; step *= view.size[i])
+    if (view.size[i] > 1 && view.stride[i] != step) return false;
+  return true;
 }
 
 /// The address of an element; the caller names its type.

@@ -119,6 +119,7 @@ struct Case {
   std::optional<Tensor<3>> grad_lse;
   Index<4> order{0, 1, 2, 3};  // of what the passes write
   bool is_odd = false;
+  bool saves_bits = false;  // of the mask, for the backward pass
   Family family = Family::generic;
 
   Problem problem() const {
@@ -137,6 +138,7 @@ struct Saved {
   Tensor<4> out;
   Tensor<3> lse;
   Tensor<4> probs;
+  std::optional<Tensor<4>> mask_bits;
 };
 
 Tensor<4> empty(const Case& c, const Tensor<4>& like) {
@@ -149,8 +151,8 @@ Gradient run_backward(const Case& c, const Saved& saved, bool deterministic, Str
   Gradient g{empty(c, in.query), empty(c, in.key), empty(c, in.value), {}};
   if (in.bias) g.bias = Tensor<4>(in.bias->dtype, in.bias->size, c.order);
   const InFamily in_family(c.family);
-  backward(c.problem(), {saved.out, saved.lse}, {c.grad_out, c.grad_lse}, {g.query, g.key, g.value, g.bias},
-           deterministic, stream);
+  backward(c.problem(), {saved.out, saved.lse, saved.mask_bits}, {c.grad_out, c.grad_lse},
+           {g.query, g.key, g.value, g.bias}, deterministic, stream);
   return g;
 }
 
@@ -158,10 +160,12 @@ Saved run_forward(const Case& c, Stream& stream) {
   const auto [B, Q, H, D] = c.in.query.size;
   Saved r{empty(c, c.in.query),
           {DType::float32, {B, H, Q}, c.is_odd ? Index<3>{0, 2, 1} : Index<3>{0, 1, 2}},
-          {c.in.query.dtype, {B, H, Q, c.in.key.size[1]}, c.order}};
+          {c.in.query.dtype, {B, H, Q, c.in.key.size[1]}, c.order},
+          {}};
+  if (c.saves_bits) r.mask_bits = Tensor<4>(DType::int32, mask_bits_size(c.problem()));
   {
     const InFamily in_family(c.family);
-    forward(c.problem(), {r.out, r.lse}, stream);
+    forward(c.problem(), {r.out, r.lse, r.mask_bits}, stream);
   }
   probabilities(c.problem(), r.lse, r.probs, stream);
   return r;
@@ -281,6 +285,7 @@ Case random_case(Random& random, const Kind& kind, Stream& stream, std::string& 
     c.grad_lse = Tensor<3>(DType::float32, {n.B, n.H, n.Q});
     c.grad_lse->fill([&] { return random.normal(); });
   }
+  c.saves_bits = kind.test == Test::bits && random.chance(0.5);
 
   std::ostringstream text;
   const auto size = [&](const char* name, const auto& t) {
@@ -299,6 +304,7 @@ Case random_case(Random& random, const Kind& kind, Stream& stream, std::string& 
   if (in.end) text << " window " << window << " (causal " << dynamic_is_causal << ")";
   size("survivors", c.survivors);
   if (c.grad_lse) text << ", gradient of lse";
+  if (c.saves_bits) text << ", saved bits";
   description = text.str();
   return c;
 }
@@ -560,6 +566,30 @@ TEST(a_gpu_takes_numbers_of_16_bits) {
   CHECK_REFUSED(
       backward(c.problem(), {out, lse}, {c.grad_out, {}}, {c.in.query, c.in.key, c.in.value, {}}, false, stream),
       "query", "float32");
+  CHECK(stream.launched().empty());
+}
+
+TEST(bits_of_another_mask_are_refused) {
+  Random random(8);
+  EmulatedStream stream;
+  const Sizes n{.B = 2, .Q = 40, .K = 48, .H = 2, .Hk = 1, .D = 64};
+  Case c = make_case(random, kPlain, n, false);
+  c.in.mask = Tensor<4>(DType::boolean, {1, n.H, n.Q, n.K}).fill([&] { return random.chance(0.5); });
+  const Tensor<4> out(c.in.query.dtype, c.in.query.size);
+  const Tensor<3> lse(DType::float32, {n.B, n.H, n.Q});
+  const auto check_refused = [&](const Tensor<4>& bits, const std::string& what) {
+    CHECK_REFUSED(forward(c.problem(), {out, lse, bits}, stream), "mask_bits", what);
+    CHECK_REFUSED(backward(c.problem(), {out, lse, bits}, {c.grad_out, {}}, {c.in.query, c.in.key, c.in.value, {}},
+                           false, stream),
+                  "mask_bits", what);
+  };
+  const Index<4> size{1, n.H, 2, n.K};
+  check_refused({DType::float32, size}, "float32, takes int32");
+  check_refused({DType::int32, {n.B, n.H, 2, n.K}}, "(2, 2, 2, 48), takes (1, 2, 2, 48)");
+  check_refused({DType::int32, {1, n.H, n.Q, n.K}}, "(1, 2, 40, 48), takes (1, 2, 2, 48)");
+  check_refused({DType::int32, size, {0, 1, 3, 2}}, "takes a contiguous tensor");
+  c.in.mask = Tensor<4>(DType::boolean, {1, 1, 1, n.K}).expand(2, n.Q);  // has no value for each pair
+  check_refused({DType::int32, {1, 1, 2, n.K}}, "(1, 1, 2, 48), takes (0, 0, 0, 0)");
   CHECK(stream.launched().empty());
 }
 

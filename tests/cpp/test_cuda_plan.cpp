@@ -1,4 +1,5 @@
 // Plans made on the device, by the emulator: every pair of a query and a key against the definition of the mask.
+#include <algorithm>
 #include <numeric>
 #include <set>
 
@@ -18,6 +19,7 @@ EMULATE(BitLists);
 EMULATE(ColumnLists);
 EMULATE(CopyRows);
 EMULATE(PackMask);
+EMULATE(PackSavedMask);
 EMULATE(Repeat<int>);
 EMULATE(Repeat<unsigned char>);
 EMULATE(SurvivorLists);
@@ -58,20 +60,25 @@ struct Case {
   }
 };
 
+cuda::Runs runs_of(const Case& c, int length, bool is_short_first) {
+  return (is_short_first ? cuda::Runs::short_first : cuda::Runs::short_last)(static_cast<int>(c.Q), length);
+}
+cuda::Runs runs_of(const Case& c, int length) { return runs_of(c, length, c.Q % 2 == 0); }
+
 /// Holds every list of the plan against the definition. `exact`: no key is listed, and none is tested, in vain.
-void check_plan(Case& c, int length, int rows, EmulatedStream& stream, bool exact) {
+void check_plan(Case& c, const cuda::Runs& runs, int rows, EmulatedStream& stream, bool exact,
+                const cuda::MaskBits& mask_bits = {}) {
   const Problem problem = c.problem();
   const cuda::Shape shape = cuda::make_shape(problem, rows);
   const cuda::Test test = cuda::test_of(problem);
-  const auto runs = (c.Q % 2 == 0 ? cuda::Runs::short_first : cuda::Runs::short_last)(shape.query_len, length);
-  const auto [plan, longest] = cuda::make_plan(problem, shape, runs, stream);
+  const auto [plan, longest] = cuda::make_plan(problem, shape, runs, stream, mask_bits);
   CHECK(runs.first(0) == 0 && runs.stop(runs.count - 1) == c.Q);
   CHECK(shape.pack >= 1 && shape.pack <= rows && (c.H / c.Hk) % shape.pack == 0);
   int wrong = 0;
   for (int b = 0; b < c.B; ++b)
     for (int unit = 0; unit < shape.units(); ++unit)
       for (int r = 0; r < plan.runs.count; ++r) {
-        CHECK(runs.size(r) > 0 && runs.size(r) <= length && (r == 0 || runs.first(r) == runs.stop(r - 1)));
+        CHECK(runs.size(r) > 0 && runs.size(r) <= runs.length && (r == 0 || runs.first(r) == runs.stop(r - 1)));
         const cuda::KeyList list = plan.list(shape, b, unit, r);
         wrong += list.full < 0 || list.full > list.count || list.count > longest;
         if (wrong) break;
@@ -102,6 +109,11 @@ void check_plan(Case& c, int length, int rows, EmulatedStream& stream, bool exac
         }
       }
   CHECK_EQUAL(wrong, 0);
+}
+
+bool has_launched(const EmulatedStream& stream, const std::string& kernel) {
+  const auto& names = stream.launched();
+  return std::find(names.begin(), names.end(), kernel) != names.end();
 }
 
 Tensor<4> boolean(Random& random, Index<4> size, double density) {
@@ -174,8 +186,8 @@ TEST(spans_columns_and_rows) {
                           random.chance(0.6));
     if (random.chance(0.2)) c.bias = Tensor<4>(DType::float32, {c.B, heads(random, c), 1, c.K});
     EmulatedStream stream;
-    check_plan(c, static_cast<int>(random.pick({1, 8, 42, 64, 512})), static_cast<int>(random.pick({1, 2, 64})), stream,
-               false);
+    check_plan(c, runs_of(c, static_cast<int>(random.pick({1, 8, 42, 64, 512}))),
+               static_cast<int>(random.pick({1, 2, 64})), stream, false);
   });
 }
 
@@ -190,7 +202,7 @@ TEST(columns_of_many_slices) {
       c.mask = boolean(random, {1, 1, 1, c.K}, 0.5);
       if (dynamic) c.end = dynamic_end(random, {1, 1, c.K}, 500, c.Q, false);
       EmulatedStream stream;
-      check_plan(c, 16, 64, stream, false);
+      check_plan(c, runs_of(c, 16), 64, stream, false);
       CHECK_EQUAL(stream.launched().size(), std::size_t{2});
     }
 }
@@ -211,8 +223,8 @@ TEST(lists_of_survivors) {
     if (kind == 1) c.mask = boolean(random, {batch(random, c), heads(random, c), 1, c.K}, 0.7);
     if (kind == 2) c.mask = boolean(random, {batch(random, c), heads(random, c), c.Q, 1}, 0.7);
     EmulatedStream stream;
-    check_plan(c, static_cast<int>(random.pick({1, 8, 42, 64, 512})), static_cast<int>(random.pick({1, 2, 64})), stream,
-               window < c.K && kind != 2);
+    check_plan(c, runs_of(c, static_cast<int>(random.pick({1, 8, 42, 64, 512}))),
+               static_cast<int>(random.pick({1, 2, 64})), stream, window < c.K && kind != 2);
   });
 }
 
@@ -243,35 +255,96 @@ TEST(survivors_of_nonsense) {
   });
 }
 
+/// A mask with a value for each pair, and sometimes a dynamic one.
+void draw_dense_mask(Random& random, Case& c) {
+  c.Q = std::max<std::int64_t>(c.Q, 2);
+  c.K = std::max<std::int64_t>(random.chance(0.5) ? c.K / 16 * 16 : c.K, 2);
+  const Index<4> size{batch(random, c), heads(random, c), c.Q, c.K};
+  const Index<4> order = random.chance(0.8) ? Index<4>{0, 1, 2, 3} : Index<4>{1, 3, 0, 2};
+  Tensor<4> mask(DType::boolean, size, order, random.pick({0, 0, 16, 5}));
+  const double density = random.pick({0.0, 0.02, 0.5, 0.98, 1.0});
+  const std::int64_t block = random.pick({1, 40});  // full and empty parts, too
+  mask.for_each([&](const Index<4>& i) {
+    const bool first = i[2] % block == 0 && i[3] % block == 0;
+    mask.set(i, first ? random.chance(density) : mask.at({i[0], i[1], i[2] - i[2] % block, i[3] - i[3] % block}));
+    // Any byte but 0 is true.
+    if (mask.at(i) != 0 && random.chance(0.5)) *mask.element(i) = static_cast<std::byte>(random.integer(1, 255));
+  });
+  c.mask = mask;
+  if (random.chance(0.4))
+    c.end = dynamic_end(random, {batch(random, c), heads(random, c), c.K}, random.integer(1, c.K + 1), c.Q,
+                        random.chance(0.6));
+}
+
+Case random_dense_case(Random& random) {
+  Case c = random_case(random, random.pick({20, 150, 1300}));
+  if (c.K > 150) {
+    c.B = c.Hk = 1;
+    c.H = random.pick({1, 2});
+    c.Q = random.integer(2, 100);
+  }
+  draw_dense_mask(random, c);
+  return c;
+}
+
 TEST(bits_of_dense_masks) {
   for_random_cases(random_cases() / 2, [](Random& random) {
-    Case c = random_case(random, random.pick({20, 150, 1300}));
-    if (c.K > 150) {
-      c.B = c.Hk = 1;
-      c.H = random.pick({1, 2});
-      c.Q = random.integer(2, 100);
-    }
-    c.Q = std::max<std::int64_t>(c.Q, 2);
-    c.K = std::max<std::int64_t>(random.chance(0.5) ? c.K / 16 * 16 : c.K, 2);
-    const Index<4> size{batch(random, c), heads(random, c), c.Q, c.K};
-    const Index<4> order = random.chance(0.8) ? Index<4>{0, 1, 2, 3} : Index<4>{1, 3, 0, 2};
-    Tensor<4> mask(DType::boolean, size, order, random.pick({0, 0, 16, 5}));
-    const double density = random.pick({0.0, 0.02, 0.5, 0.98, 1.0});
-    const std::int64_t block = random.pick({1, 40});  // full and empty parts, too
-    mask.for_each([&](const Index<4>& i) {
-      const bool first = i[2] % block == 0 && i[3] % block == 0;
-      mask.set(i, first ? random.chance(density) : mask.at({i[0], i[1], i[2] - i[2] % block, i[3] - i[3] % block}));
-      // Any byte but 0 is true.
-      if (mask.at(i) != 0 && random.chance(0.5)) *mask.element(i) = static_cast<std::byte>(random.integer(1, 255));
-    });
-    c.mask = mask;
-    if (random.chance(0.4))
-      c.end = dynamic_end(random, {batch(random, c), heads(random, c), c.K}, random.integer(1, c.K + 1), c.Q,
-                          random.chance(0.6));
+    Case c = random_dense_case(random);
     EmulatedStream stream;
-    check_plan(c, static_cast<int>(random.pick({1, 8, 42, 64, 128, 512, 1000})),
+    check_plan(c, runs_of(c, static_cast<int>(random.pick({1, 8, 42, 64, 128, 512, 1000}))),
                static_cast<int>(random.pick({1, 2, 64})), stream, true);
   });
+}
+
+/// Lists of one pass's runs, and of other runs from what the first left.
+TEST(bits_saved_for_another_pass) {
+  for_random_cases(random_cases(), [](Random& random) {
+    Case c = random_dense_case(random);
+    if (random.chance(0.3)) {  // runs of many words
+      c = Case{.K = random.integer(2, 300), .H = random.pick({1, 2}), .is_causal = random.chance(0.7)};
+      c.Q = random.integer(1, 1500);
+      draw_dense_mask(random, c);
+    }
+    const Index<4> kept = c.mask->size;
+    if (random.chance(0.3))
+      for (const int i : {0, 1})
+        if (c.mask->size[i] == 1) c.mask = c.mask->expand(i, i == 0 ? c.B : c.H);
+    const Index<4> size = cuda::mask_bits_size(c.problem());
+    CHECK((size == Index<4>{kept[0], kept[1], (c.Q + 31) / 32, c.K}));
+    Tensor<4> bits(DType::int32, size);
+    const auto runs = [&] {
+      return runs_of(c, static_cast<int>(random.pick({1, 8, 42, 64, 96, 128, 512, 1000, 1024})), random.chance(0.5));
+    };
+    const int rows = static_cast<int>(random.pick({1, 2, 64}));
+    EmulatedStream stream;
+    check_plan(c, runs(), rows, stream, true, {.to_save = bits});
+    CHECK(!has_launched(stream, "PackSavedMask"));
+    bits.for_each([&](const Index<4>& i) {
+      for (std::int64_t q = 32 * i[2]; q < std::min(32 * i[2] + 32, c.Q); ++q) {
+        const bool bit = static_cast<std::uint32_t>(static_cast<std::int32_t>(bits.at(i))) >> q % 32 & 1;
+        const bool is_hidden = c.is_causal && i[3] > q + c.K - c.Q;
+        CHECK(is_hidden || bit == (c.mask->at({i[0], i[1], q, i[3]}) != 0));
+      }
+    });
+    EmulatedStream other;
+    check_plan(c, runs(), rows, other, true, {.saved = bits});
+    CHECK(has_launched(other, "PackSavedMask") && !has_launched(other, "PackMask"));
+  });
+}
+
+/// Runs that begin inside a word and have more words than a thread reads at a time.
+TEST(bits_saved_for_longer_runs) {
+  for (const std::int64_t K : {700, 701})
+    for (const bool is_causal : {false, true}) {
+      Random random(1);
+      Case c{.Q = 700, .K = K, .is_causal = is_causal};
+      c.mask = boolean(random, {1, 1, c.Q, c.K}, 0.5);
+      const Tensor<4> bits(DType::int32, cuda::mask_bits_size(c.problem()));
+      EmulatedStream stream;
+      check_plan(c, runs_of(c, 48, true), 64, stream, true, {.to_save = bits});
+      check_plan(c, runs_of(c, 330, false), 64, stream, true, {.saved = bits});
+      check_plan(c, runs_of(c, 512, true), 64, stream, true, {.saved = bits});
+    }
 }
 
 TEST(bits_of_more_lists_than_are_made_at_a_time) {
@@ -281,7 +354,7 @@ TEST(bits_of_more_lists_than_are_made_at_a_time) {
   c.K = 20;
   c.mask = boolean(random, {1, 1, c.Q, c.K}, 0.5);
   EmulatedStream stream;
-  check_plan(c, 1, 64, stream, true);
+  check_plan(c, runs_of(c, 1), 64, stream, true);
   CHECK_EQUAL(stream.launched().size(), std::size_t{4});
 }
 
@@ -304,7 +377,7 @@ TEST(empty_problems_have_plans) {
     c.B = B, c.Q = Q, c.K = K;
     c.mask = Tensor<4>(DType::boolean, {B, 1, Q, K});
     EmulatedStream stream;
-    check_plan(c, 8, 64, stream, true);
+    check_plan(c, runs_of(c, 8), 64, stream, true);
     CHECK(stream.launched().empty());
   }
 }

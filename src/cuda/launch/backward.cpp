@@ -5,6 +5,7 @@
 
 #include "attention/backward_rows_params.cuh"
 #include "core/check.h"
+#include "core/shape.h"
 #include "cuda/launch/family.h"
 #include "cuda/launch/kernel_list.h"
 #include "cuda/launch/options.h"
@@ -38,15 +39,6 @@ unsigned blocks_of(i64 threads) { return static_cast<unsigned>(divide_up_wide(th
 
 /// Lists whose tiles of keys are worked at together: enough to keep a GPU busy with few blocks for each row of dQ.
 constexpr int kGroup = 16;
-
-i64 product(const std::array<std::int64_t, 4>& size) { return size[0] * size[1] * size[2] * size[3]; }
-
-bool is_contiguous(const View<4>& view) {
-  std::int64_t step = 1;
-  for (std::size_t i = 4; i-- > 0; step *= view.size[i])
-    if (view.size[i] > 1 && view.stride[i] != step) return false;
-  return true;
-}
 
 /// What the pass has to know of a gradient of the bias; its sizes are the bias's own, expanded or not.
 struct BiasPass {
@@ -98,7 +90,8 @@ class Pass {
     grad_key_out_ = aligned_output(input_gradient_.key, stream_);
     grad_value_out_ = aligned_output(input_gradient_.value, stream_);
     if (row_tiles_ > 0 && shape_.key_len > 0) {
-      const MadePlan made = make_plan(problem_, shape_, Runs::short_last(shape_.query_len, run_), stream_);
+      const MadePlan made =
+          make_plan(problem_, shape_, Runs::short_last(shape_.query_len, run_), stream_, {.saved = output_.mask_bits});
       plan_ = made.plan;
       key_tiles_have_one_block_ = !made.plan.lists && made.plan.runs.count == 1 && shape_.units() == shape_.kv_heads;
       allocate_sums();
@@ -367,6 +360,7 @@ void backward(const Problem& problem, const Output& output, const OutputGradient
               const InputGradient& input_gradient, bool deterministic, Stream& stream) {
   check(problem);
   check(problem, output);
+  if (output.mask_bits) check_mask_bits(*output.mask_bits, mask_bits_size(problem));
   check(problem, output_gradient);
   check(problem, input_gradient);
   stream.together([&] { Pass(problem, output, output_gradient, input_gradient, deterministic, stream).run(); });

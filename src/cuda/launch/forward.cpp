@@ -45,8 +45,8 @@ void launch(const Problem& problem, const Output& output, Stream& stream) {
   ForwardConfig config = forward_config(options);
   Shape shape = make_shape(problem, options.rows);
   shape.head_dim = head_dim;
-  const MadePlan made =
-      make_plan(problem, shape, Runs::short_first(shape.query_len, options.rows / shape.pack), stream);
+  const MadePlan made = make_plan(problem, shape, Runs::short_first(shape.query_len, options.rows / shape.pack), stream,
+                                  {.to_save = output.mask_bits});
   const i64 blocks = static_cast<i64>(made.plan.runs.count) * shape.units() * shape.batch;
   const i64 key_tiles = divide_up_wide(made.longest, config.scores.keys);
   const i64 wanted = split_count(blocks, key_tiles, static_cast<i64>(stream.multiprocessors()) * config.blocks);
@@ -86,6 +86,7 @@ void launch(const Problem& problem, const Output& output, Stream& stream) {
 void forward(const Problem& problem, const Output& output, Stream& stream) {
   check(problem);
   check(problem, output);
+  if (output.mask_bits) check_mask_bits(*output.mask_bits, mask_bits_size(problem));
   if (problem.query.size[0] == 0 || problem.query.size[1] == 0) return;
   const auto launch_family = takes_hopper_forward(problem, stream) ? hopper_forward : launch;
   stream.together([&] { launch_family(problem, output, stream); });

@@ -54,7 +54,8 @@ void hopper_forward(const Problem& problem, const Output& output, Stream& stream
   const HopperForwardConfig config = hopper_forward_config(options);
   Shape shape = make_shape(problem, config.rows);
   shape.head_dim = options.head_dim;
-  const MadePlan made = make_plan(problem, shape, Runs::short_first(shape.query_len, config.rows / shape.pack), stream);
+  const MadePlan made = make_plan(problem, shape, Runs::short_first(shape.query_len, config.rows / shape.pack), stream,
+                                  {.to_save = output.mask_bits});
   const i64 works = count_works(shape, config);
   if (works > kLargest)
     throw InvalidArgument("query: is " + std::to_string(works) + " tiles of rows, takes at most 2147483647 on a GPU");

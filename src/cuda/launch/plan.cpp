@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <array>
 #include <sstream>
 
 #include "core/shape.h"
@@ -31,7 +32,8 @@ struct Masks {
 
 const Kernel kSurvivorLists{"mask/plan_survivors.cuh", "SurvivorLists"};
 const Kernel kColumnLists{"mask/plan_columns.cuh", "ColumnLists"};
-const Kernel kPackMask{"mask/plan_bits.cuh", "PackMask"}, kBitLists{"mask/plan_bits.cuh", "BitLists"};
+const Kernel kPackMask{"mask/plan_bits.cuh", "PackMask"}, kPackSavedMask{"mask/plan_bits.cuh", "PackSavedMask"},
+    kBitLists{"mask/plan_bits.cuh", "BitLists"};
 const Kernel kRepeatEnd{"layout/repeat.cuh", "Repeat<int>"}, kRepeatRows{"layout/repeat.cuh", "Repeat<unsigned char>"};
 
 /// Readers may run past the end of a list, to the end of a tile.
@@ -48,8 +50,8 @@ Grid grid_of(std::int64_t blocks) { return {static_cast<unsigned>(blocks)}; }
 /// A plan in the making.
 class Planner {
  public:
-  Planner(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream)
-      : sizes_(problem), masks_(problem), shape_(shape), stream_(stream) {
+  Planner(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream, const MaskBits& mask_bits)
+      : sizes_(problem), masks_(problem), mask_bits_(mask_bits), shape_(shape), stream_(stream) {
     if (problem.end) end_ = without_expand(*problem.end);
     if (problem.survivors) survivors_ = without_expand(*problem.survivors);
     plan_.runs = runs;
@@ -122,7 +124,7 @@ class Planner {
   template <class T, int Rank>
   Masking<T> masking(const std::optional<View<Rank>>& view) const {
     if (!view) return {.data = nullptr, .batch = 0, .head = 0, .query = 0, .key = 0, .heads_per_head = 1};
-    return {.data = static_cast<const T*>(view->data),
+    return {.data = static_cast<T*>(view->data),
             .batch = view->stride[0],
             .head = view->stride[1],
             .query = Rank == 4 ? view->stride[2] : 0,
@@ -140,8 +142,8 @@ class Planner {
     plan_.lists_unit = list_heads_ == 1 ? 0 : plan_.runs.count;
     plan_.lists_batch = list_batch_ == 1 ? 0 : static_cast<i64>(list_units) * plan_.runs.count;
     plan_.positions = keys;
-    return {.columns = masking<unsigned char>(masks_.columns),
-            .end = masking<int>(end_),
+    return {.columns = masking<const unsigned char>(masks_.columns),
+            .end = masking<const int>(end_),
             .heads = list_heads_,
             .copies = list_units / list_heads_,
             .key_len = shape_.key_len,
@@ -181,7 +183,7 @@ class Planner {
     const std::int64_t capacity = round_up_wide(longest_, kSlack);
     const int runs_per_block = Config::runs_per_block(plan_.runs.length, slots, chunk);
     const SurvivorListsParams params{.lists = make_room(list_rows() * plan_.runs.count * capacity),
-                                     .survivors = masking<int>(survivors_),
+                                     .survivors = masking<const int>(survivors_),
                                      .slots = slots,
                                      .chunk = chunk,
                                      .runs_per_block = runs_per_block,
@@ -223,12 +225,14 @@ class Planner {
       throw std::invalid_argument("a run of " + std::to_string(plan_.runs.length) + " positions has too many bits");
     list_for(masks_.dense);
     list_for(end_);
-    const View<4>& mask = *masks_.dense;
+    std::optional<View<4>> saved = mask_bits_.saved ? mask_bits_.saved : mask_bits_.to_save;
+    if (saved) saved = without_expand(*saved);
     const int words = static_cast<int>(divide_up_wide(plan_.runs.length, 32)), segment = Config::segment(words);
     const std::int64_t entries = room_for_bits().start(plan_.runs.count), all = list_rows() * entries;
     BitListsParams params{.lists = make_room(all),
-                          .mask = masking<unsigned char>(masks_.dense),
-                          .is_aligned = is_aligned(mask),
+                          .mask = masking<const unsigned char>(masks_.dense),
+                          .saved = masking<u32>(saved),
+                          .is_aligned = is_aligned(mask_bits_.saved ? *saved : *masks_.dense),
                           .words = words,
                           .segment = segment,
                           .bits = stream_.allocate_array<u32>(static_cast<std::size_t>((all + kSlack) * words)),
@@ -248,9 +252,12 @@ class Planner {
     params.counts = stream_.allocate_array<int>(static_cast<std::size_t>(at_a_time * params.segments * 2));
     params.segment_positions = stream_.allocate_array<int>(static_cast<std::size_t>(at_a_time * keys));
     params.segment_bits = stream_.allocate_array<u32>(static_cast<std::size_t>(at_a_time * keys * words));
+    if (mask_bits_.to_save && !params.runs_have_whole_words())
+      stream_.zero(saved->data, static_cast<std::size_t>(product(saved->size)) * sizeof(u32));
+    const Kernel& pack = mask_bits_.saved ? kPackSavedMask : kPackMask;
     for (; params.first_list < lists; params.first_list += at_a_time) {
       const Grid grid = grid_of(std::min<std::int64_t>(at_a_time, lists - params.first_list) * params.segments);
-      stream_.launch(kPackMask, grid, Config::kThreads, Config::shared_bytes(words, segment), params);
+      stream_.launch(pack, grid, Config::kThreads, Config::shared_bytes(words, segment), params);
       stream_.launch(kBitLists, grid, Config::kThreads, 0, params);
     }
   }
@@ -265,10 +272,11 @@ class Planner {
             .empty = static_cast<int>(empty)};
   }
 
-  static bool is_aligned(const View<4>& mask) {
+  static bool is_aligned(const View<4>& view) {
+    const auto elements = static_cast<std::int64_t>(16 / size_of(view.dtype));
     bool aligned =
-        mask.stride[3] == 1 && mask.size[3] % 16 == 0 && reinterpret_cast<std::uintptr_t>(mask.data) % 16 == 0;
-    for (int i = 0; i < 3; ++i) aligned = aligned && mask.stride[i] % 16 == 0;
+        view.stride[3] == 1 && view.size[3] % elements == 0 && reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
+    for (int i = 0; i < 3; ++i) aligned = aligned && view.stride[i] % elements == 0;
     return aligned;
   }
 
@@ -276,6 +284,7 @@ class Planner {
   const Masks masks_;
   std::optional<View<3>> end_;
   std::optional<View<4>> survivors_;
+  const MaskBits& mask_bits_;
   const Shape& shape_;
   Stream& stream_;
   int list_batch_ = 1, list_heads_ = 1;
@@ -319,12 +328,21 @@ Bias make_bias(const Problem& problem) {
 
 Test test_of(const Problem& problem) { return Masks(problem).dense ? Test::bits : Test::interval; }
 
-MadePlan make_plan(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream) {
-  return Planner(problem, shape, runs, stream).make();
+std::array<std::int64_t, 4> mask_bits_size(const Problem& problem) {
+  const auto dense = Masks(problem).dense;
+  if (!dense) return {};
+  const auto& size = dense->size;
+  return {size[0], size[1], divide_up_wide(size[2], 32), size[3]};
+}
+
+MadePlan make_plan(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream,
+                   const MaskBits& mask_bits) {
+  return Planner(problem, shape, runs, stream, mask_bits).make();
 }
 
 void list_plan_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {
-  for (const Kernel& kernel : {kSurvivorLists, kColumnLists, kPackMask, kBitLists}) kernels.push_back({kernel, {}});
+  for (const Kernel& kernel : {kSurvivorLists, kColumnLists, kPackMask, kPackSavedMask, kBitLists})
+    kernels.push_back({kernel, {}});
   kernels.push_back({kRepeatEnd, {sizeof(int)}});
   kernels.push_back({kRepeatRows, {sizeof(unsigned char)}});
   list_rows_kernels(selection, kernels);

@@ -1,5 +1,7 @@
 // The plan of a problem, made on the device.
 #pragma once
+#include <optional>
+
 #include "flash_dmattn/attention.h"
 #include "flash_dmattn/cuda.h"
 #include "plan.cuh"
@@ -21,7 +23,13 @@ struct MadePlan {
   std::int64_t longest;  ///< no list is longer: what is known without asking the device
 };
 
+/// The bits of a mask with a value for each pair (Output::mask_bits): to write down for later, or to read in its place.
+struct MaskBits {
+  std::optional<View<4>> to_save = {}, saved = {};
+};
+
 /// A list for every run of queries, in memory of `stream`.
-MadePlan make_plan(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream);
+MadePlan make_plan(const Problem& problem, const Shape& shape, const Runs& runs, Stream& stream,
+                   const MaskBits& mask_bits = {});
 
 }  // namespace flash_dmattn::cuda

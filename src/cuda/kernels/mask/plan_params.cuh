@@ -9,19 +9,21 @@ namespace flash_dmattn::cuda {
 /// A value for each key (or pair): `heads_per_head` list heads read one head of it.
 template <class T>
 struct Masking {
-  const T* data;  // null: none
+  T* data;  // null: none
   i64 batch, head, query, key;
   int heads_per_head;
 
-  const T* row(int b, int head_index) const {
-    return data ? data + b * batch + head_index / heads_per_head * head : nullptr;
+  T* row(int b, int head_index) const { return data ? data + b * batch + head_index / heads_per_head * head : nullptr; }
+  /// Whether a list head is the first of those that read its row.
+  constexpr bool is_first_of_row(int b, int head_index) const {
+    return (batch != 0 || b == 0) && head_index % heads_per_head == 0;
   }
 };
 
 /// Which queries and keys there are, how they are cut into runs, and where the lists go.
 struct ListsParams {
-  Masking<unsigned char> columns;  // one value for each key, the same for all queries
-  Masking<int> end;
+  Masking<const unsigned char> columns;  // one value for each key, the same for all queries
+  Masking<const int> end;
   int heads;  // list heads
   int copies;
   int key_len;
@@ -60,7 +62,7 @@ struct SurvivorListsConfig {
 
 struct SurvivorListsParams {
   ListsParams lists;
-  Masking<int> survivors;  // `query` is the stride from one chunk to the next, `key` from one slot to the next
+  Masking<const int> survivors;  // `query` is the stride from one chunk to the next, `key` from one slot to the next
   int slots, chunk;
   int runs_per_block, blocks;  // blocks: for each list head
   int capacity;                // of a list
@@ -85,6 +87,7 @@ struct ColumnListsParams {
 
 /// Lists of a mask with a value for each pair. It is read once: PackMask makes bits of it, and moves the keys of each
 /// segment that are not empty together; BitLists puts segments together, the keys that every position sees first.
+/// PackSavedMask does as PackMask, from the bits that a PackMask saved.
 struct BitListsConfig {
   static constexpr int kThreads = 256, kWarps = kThreads / 32;
   static constexpr int kStrip = 512;  // keys that a warp reads at a time, for 32 positions
@@ -119,14 +122,18 @@ struct Staircase {
 
 struct BitListsParams {
   ListsParams lists;
-  Masking<unsigned char> mask;
-  int is_aligned;  // every 16 keys of a query lie together at a multiple of 16 bytes
-  int words;       // for each key of a run
-  int segment;     // keys
+  Masking<const unsigned char> mask;
+  Masking<u32> saved;  // the mask's bits, (…, divide_up(Q, 32), K): `query` is the stride from one word to the next
+  int is_aligned;      // of what is read, every 16 bytes of keys lie together at a multiple of 16 bytes
+  int words;           // for each key of a run
+  int segment;         // keys
   u32* bits;
   Staircase room;  // in a list head's part of `lists.positions`, of room.start(runs) entries
   int segments;
   i64 first_list;  // lists (a list head's run each) are made some at a time
+
+  /// Whether no word of `saved` has bits of two runs.
+  constexpr bool runs_have_whole_words() const { return lists.runs.length % 32 == 0 && lists.runs.missing % 32 == 0; }
 
   // What PackMask leaves for BitLists, for each list and segment: how many keys every position sees and how many some
   // see, those keys in this order, and the bits of the latter.

@@ -69,6 +69,10 @@ __forceinline__ void add_to(float* p, float x, float y, float z, float w) {
   add_to(p + 3, w);
 #endif
 }
+/// Sets bits in global memory, without waiting.
+__forceinline__ void or_into(u32* p, u32 bits) {
+  asm volatile("red.global.or.b32 [%0], %1;" ::"l"(p), "r"(bits) : "memory");
+}
 
 /// A counter in global memory that other blocks wait for: what was written before add_released is seen by a thread that
 /// has read the sum with load_acquired.

@@ -85,6 +85,7 @@ inline void add_to(float* p, float x, float y, float z, float w) {
   p[2] += z;
   p[3] += w;
 }
+inline void or_into(u32* p, u32 bits) { *p |= bits; }
 
 inline int load_acquired(const int* p) {
   emulator::wait_for_others();
