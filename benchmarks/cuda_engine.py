@@ -398,7 +398,7 @@ def host() -> Rows:
     heads_first = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
     options = 0.1, 0.0, True, False
     out, lse = operators.forward(query, key, value, *[None] * 4, *options)
-    rest = query, key, value, out, lse, *[None] * 4, *options, False
+    rest = query, key, value, out, lse, *[None] * 5, *options, False
 
     class Operator(torch.autograd.Function):
         """What gradients cost, whoever asks for them."""

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +83,7 @@ class Problem:
         self.score = torch.randn(batch, case.kv_heads, length).bfloat16()
         self.mask: tuple[Tensor | None, Tensor | None] = self.make_mask() if case.window else (None, None)
         self.bool_mask = self.as_bool() if case.is_bool else None
-        self.out, self.lse = self.forward()
+        self.out, self.lse, self.mask_bits = operators.forward_saving(*self.arguments(self.mask))
 
     def make_mask(self) -> tuple[Tensor, Tensor]:
         return operators.dynamic_mask(self.score, None, self.case.window, self.case.length, True)
@@ -92,17 +93,21 @@ class Problem:
         position = torch.arange(self.case.length)
         return (position <= position[:, None]) & (position[:, None] < self.mask[0][:, :, None])
 
-    def forward(self, mask: tuple[Tensor | None, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
-        end, survivors = (None, None) if self.case.is_bool else mask or self.mask
+    def arguments(self, mask: tuple[Tensor | None, Tensor | None]) -> tuple[Any, ...]:
+        end, survivors = (None, None) if self.case.is_bool else mask
         options = end, survivors, self.case.head_dim**-0.5, 0.0, True, False
-        return operators.forward(self.query, self.key, self.value, self.bool_mask, self.score[:, :, None], *options)
+        return self.query, self.key, self.value, self.bool_mask, self.score[:, :, None], *options
+
+    def forward(self, mask: tuple[Tensor | None, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
+        return operators.forward(*self.arguments(mask or self.mask))
 
     def backward(self, deterministic: bool = False) -> tuple[Tensor, ...]:
         is_bool = self.case.is_bool
         mask = (None, None) if is_bool else self.mask
-        saved = self.query, self.key, self.value, self.out, self.lse, self.bool_mask, self.score[:, :, None], *mask
+        saved = self.query, self.key, self.value, self.out, self.lse, self.mask_bits
+        masks = self.bool_mask, self.score[:, :, None], *mask
         options = self.case.head_dim**-0.5, 0.0, True, deterministic, True
-        return operators.backward(self.grad_out, None, *saved, *options)
+        return operators.backward(self.grad_out, None, *saved, *masks, *options)
 
     def some(self, count: int = 16) -> Tensor:
         length = self.case.length

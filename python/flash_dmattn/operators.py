@@ -47,11 +47,24 @@ def fake_forward(query: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty((batch, heads, query_len), dtype=lse_dtype)
 
 
+@torch.library.register_fake("flash_dmattn::forward_saving")
+def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    bits: tuple[Any, ...] = 0, 0, 0, 0
+    if mask is not None and mask.is_cuda:
+        # What an expand made of it is undone.
+        batch, heads, query_len, key_len = (
+            1 if stride == 0 and size > 1 else size for size, stride in zip(mask.shape, mask.stride(), strict=True)
+        )
+        if query_len != 1 and key_len != 1:
+            bits = batch, heads, (query_len + 31) // 32, key_len
+    return *fake_forward(query), query.new_empty(bits, dtype=torch.int32)
+
+
 @torch.library.register_fake("flash_dmattn::backward")
 def fake_backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _, _, _, bias, *_, needs_bias_grad = arguments
+    _, _, _, _, bias, *_, needs_bias_grad = arguments
     grad_bias = bias.new_empty(bias.shape) if needs_bias_grad else query.new_empty((0,))
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape), grad_bias
 
@@ -86,9 +99,14 @@ def _(score: Tensor, *arguments: Any) -> Tensor:
 # from Python to C++ and back once more: several times the host time of the operator itself.
 
 
-def with_gradients(forward_operator: Callable[..., Any], backward_operator: Callable[..., Any]) -> Callable[..., Any]:
+def with_gradients(
+    forward_operator: Callable[..., Any],
+    backward_operator: Callable[..., Any],
+    saving_operator: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """The operator forward, or one with the same arguments, with gradients by the operator backward that belongs to it.
 
+    saving_operator: forward_saving, if there is one: for a mask with a value for each pair, on a GPU.
     The gradients themselves cannot be differentiated.
     """
 
@@ -96,19 +114,24 @@ def with_gradients(forward_operator: Callable[..., Any], backward_operator: Call
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
             *tensors, options = arguments
-            out, lse = forward_operator(*tensors, *options)
-            ctx.save_for_backward(*tensors, out, lse)
+            mask, mask_bits = tensors[3], None
+            if saving_operator and mask is not None and mask.is_cuda and mask.size(2) != 1 and mask.size(3) != 1:
+                out, lse, mask_bits = saving_operator(*tensors, *options)
+            else:
+                out, lse = forward_operator(*tensors, *options)
+            ctx.save_for_backward(*tensors, out, lse, mask_bits)
             ctx.options = options
             ctx.set_materialize_grads(False)
             return out, lse
 
         @staticmethod
         def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-            query, key, value, *masks, out, lse = ctx.saved_tensors  # mask, bias, end, survivors
+            query, key, value, *masks, out, lse, mask_bits = ctx.saved_tensors  # mask, bias, end, survivors
             if grad_out is None:
                 grad_out = torch.zeros_like(out)
             needs_bias_grad = ctx.needs_input_grad[4]
-            arguments = (grad_out, grad_lse, query, key, value, out, lse, *masks, *ctx.options, needs_bias_grad)
+            saved = query, key, value, out, lse, mask_bits, *masks
+            arguments = (grad_out, grad_lse, *saved, *ctx.options, needs_bias_grad)
             *grads, grad_bias = (Backward.apply if torch.is_grad_enabled() else backward_operator)(*arguments)
             return *grads, None, grad_bias if needs_bias_grad else None, None, None, None
 
@@ -135,4 +158,5 @@ def with_gradients(forward_operator: Callable[..., Any], backward_operator: Call
 
 
 backward = torch.ops.flash_dmattn.backward.default
-forward = with_gradients(torch.ops.flash_dmattn.forward.default, backward)
+forward_saving = torch.ops.flash_dmattn.forward_saving.default
+forward = with_gradients(torch.ops.flash_dmattn.forward.default, backward, forward_saving)

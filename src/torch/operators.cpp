@@ -124,6 +124,12 @@ class OneDevice {
     if (!tensor) return std::nullopt;
     return input<Rank>(name, *tensor);
   }
+  // Of operators that leave an empty tensor where there is nothing.
+  template <int Rank>
+  std::optional<View<Rank>> input_unless_empty(const char* name, const std::optional<Tensor>& tensor) const {
+    if (!tensor || tensor->numel() == 0) return std::nullopt;
+    return input<Rank>(name, *tensor);
+  }
 
   // Contiguous. torch::stable::new_empty would look an operator up by its name, and box its arguments, each time.
   template <std::size_t Rank>
@@ -167,6 +173,7 @@ class Cpu : public OneDevice {
   void probabilities(const Problem& problem, const View<3>& lse, const View<4>& probs) const {
     flash_dmattn::probabilities(problem, Plan(problem, threads_), lse, probs, threads_);
   }
+  static std::array<std::int64_t, 4> mask_bits_size(const Problem&) { return {}; }
   static std::array<std::int64_t, 2> survivors_size(const DynamicMask&) { return {0, 0}; }
   void make_dynamic_mask(const DynamicMask& mask, const View<3>& end, const View<4>&) const {
     flash_dmattn::make_dynamic_mask(mask, end, std::nullopt, threads_);
@@ -209,6 +216,7 @@ class Gpu : public OneDevice {
   void probabilities(const Problem& problem, const View<3>& lse, const View<4>& probs) const {
     cuda::probabilities(problem, lse, probs, *stream_);
   }
+  static std::array<std::int64_t, 4> mask_bits_size(const Problem& problem) { return cuda::mask_bits_size(problem); }
   static std::array<std::int64_t, 2> survivors_size(const DynamicMask& mask) {
     if (!mask.is_causal || mask.keep_window_size < 1) return {0, 0};
     const std::int64_t key_len = mask.score.size[2], chunk = cuda::survivor_chunk(mask.keep_window_size);
@@ -258,11 +266,22 @@ Problem make_problem(const OneDevice& device, const Tensor& query, const Tensor&
           .mask = device.input<4>("mask", mask),
           .bias = device.input<4>("bias", bias),
           .end = device.input<3>("end", end),
-          // Empty where a mask has none.
-          .survivors = survivors && survivors->numel() > 0 ? device.input<4>("survivors", survivors) : std::nullopt,
+          .survivors = device.input_unless_empty<4>("survivors", survivors),
           .scale = scale,
           .softcap = softcap,
           .is_causal = is_causal};
+}
+
+template <class Engine>
+std::tuple<Tensor, Tensor> run_forward(const Engine& engine, const Problem& problem,
+                                       const std::optional<View<4>>& mask_bits) {
+  const auto& [batch, query_len, heads, head_dim] = problem.query.size;
+  const DType dtype = problem.query.dtype;
+  const Tensor out = engine.empty(problem.query.size, dtype);
+  const Tensor lse =
+      engine.empty(std::array{batch, heads, query_len}, dtype == DType::float64 ? DType::float64 : DType::float32);
+  engine.forward(problem, {output<4>("out", out), output<3>("lse", lse), mask_bits});
+  return {out, lse};
 }
 
 template <class Engine>
@@ -271,23 +290,35 @@ std::tuple<Tensor, Tensor> forward_on(const Tensor& query, const Tensor& key, co
                                       const std::optional<Tensor>& end, const std::optional<Tensor>& survivors,
                                       double scale, double softcap, bool is_causal, bool) {
   const Engine engine("query", query);
+  return run_forward(engine,
+                     make_problem(engine, query, key, &value, mask, bias, end, survivors, scale, softcap, is_causal),
+                     std::nullopt);
+}
+
+template <class Engine>
+std::tuple<Tensor, Tensor, Tensor> forward_saving_on(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                     const std::optional<Tensor>& mask,
+                                                     const std::optional<Tensor>& bias,
+                                                     const std::optional<Tensor>& end,
+                                                     const std::optional<Tensor>& survivors, double scale,
+                                                     double softcap, bool is_causal, bool) {
+  const Engine engine("query", query);
   const Problem problem =
       make_problem(engine, query, key, &value, mask, bias, end, survivors, scale, softcap, is_causal);
-  const auto& [batch, query_len, heads, head_dim] = problem.query.size;
-  const DType dtype = problem.query.dtype;
-  const Tensor out = engine.empty(problem.query.size, dtype);
-  const Tensor lse =
-      engine.empty(std::array{batch, heads, query_len}, dtype == DType::float64 ? DType::float64 : DType::float32);
-  engine.forward(problem, {output<4>("out", out), output<3>("lse", lse)});
-  return {out, lse};
+  const Tensor mask_bits = engine.empty(Engine::mask_bits_size(problem), DType::int32);
+  std::optional<View<4>> place;
+  if (mask_bits.numel() > 0) place = output<4>("mask_bits", mask_bits);
+  const auto [out, lse] = run_forward(engine, problem, place);
+  return {out, lse, mask_bits};
 }
 
 template <class Engine>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_on(
     const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& query, const Tensor& key,
-    const Tensor& value, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& bias, const std::optional<Tensor>& end, const std::optional<Tensor>& survivors,
-    double scale, double softcap, bool is_causal, bool deterministic, bool needs_bias_grad) {
+    const Tensor& value, const Tensor& out, const Tensor& lse, const std::optional<Tensor>& mask_bits,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& bias, const std::optional<Tensor>& end,
+    const std::optional<Tensor>& survivors, double scale, double softcap, bool is_causal, bool deterministic,
+    bool needs_bias_grad) {
   const Engine engine("query", query);
   const Problem problem =
       make_problem(engine, query, key, &value, mask, bias, end, survivors, scale, softcap, is_causal);
@@ -303,7 +334,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_on(
                          .value = output<4>("grad_value", grad_value),
                          .bias = std::nullopt};
   if (needs_bias_grad) gradient.bias = output<4>("grad_bias", grad_bias);
-  engine.backward(problem, {engine.template input<4>("out", out), engine.template input<3>("lse", lse)},
+  engine.backward(problem,
+                  {engine.template input<4>("out", out), engine.template input<3>("lse", lse),
+                   engine.template input_unless_empty<4>("mask_bits", mask_bits)},
                   {engine.template input<4>("grad_out", grad_out_rows), engine.template input<3>("grad_lse", grad_lse)},
                   gradient, deterministic);
   return {grad_query, grad_key, grad_value, grad_bias};
@@ -360,9 +393,13 @@ STABLE_TORCH_LIBRARY(flash_dmattn, library) {
       "forward(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? end, Tensor? survivors, "
       "float scale, float softcap, bool is_causal, bool deterministic) -> (Tensor out, Tensor lse)");
   library.def(
+      "forward_saving(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? end, "
+      "Tensor? survivors, float scale, float softcap, bool is_causal, bool deterministic) "
+      "-> (Tensor out, Tensor lse, Tensor mask_bits)");
+  library.def(
       "backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-      "Tensor? mask, Tensor? bias, Tensor? end, Tensor? survivors, float scale, float softcap, bool is_causal, "
-      "bool deterministic, bool needs_bias_grad) "
+      "Tensor? mask_bits, Tensor? mask, Tensor? bias, Tensor? end, Tensor? survivors, float scale, float softcap, "
+      "bool is_causal, bool deterministic, bool needs_bias_grad) "
       "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)");
   library.def(
       "probabilities(Tensor query, Tensor key, Tensor lse, Tensor? mask, Tensor? bias, Tensor? end, "
@@ -378,6 +415,7 @@ STABLE_TORCH_LIBRARY(flash_dmattn, library) {
 STABLE_TORCH_LIBRARY_IMPL(flash_dmattn, CPU, library) {
   using flash_dmattn::Cpu;
   library.impl("forward", TORCH_BOX(&flash_dmattn::forward_on<Cpu>));
+  library.impl("forward_saving", TORCH_BOX(&flash_dmattn::forward_saving_on<Cpu>));
   library.impl("backward", TORCH_BOX(&flash_dmattn::backward_on<Cpu>));
   library.impl("probabilities", TORCH_BOX(&flash_dmattn::probabilities_on<Cpu>));
   library.impl("dynamic_mask", TORCH_BOX(&flash_dmattn::dynamic_mask_on<Cpu>));
@@ -387,6 +425,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_dmattn, CPU, library) {
 STABLE_TORCH_LIBRARY_IMPL(flash_dmattn, CUDA, library) {
   using flash_dmattn::Gpu;
   library.impl("forward", TORCH_BOX(&flash_dmattn::forward_on<Gpu>));
+  library.impl("forward_saving", TORCH_BOX(&flash_dmattn::forward_saving_on<Gpu>));
   library.impl("backward", TORCH_BOX(&flash_dmattn::backward_on<Gpu>));
   library.impl("probabilities", TORCH_BOX(&flash_dmattn::probabilities_on<Gpu>));
   library.impl("dynamic_mask", TORCH_BOX(&flash_dmattn::dynamic_mask_on<Gpu>));

@@ -281,5 +281,5 @@ def test_operators_refuse_what_they_would_misread():
     with pytest.raises((ValueError, RuntimeError), match="needs_bias_grad is true without a bias"):
         lse = torch.zeros(1, 2, 6)
         torch.ops.flash_dmattn.backward(
-            *(query, None, query, query, query, query, lse, *[None] * 4, 1.0, 0.0, False, False, True)
+            *(query, None, query, query, query, query, lse, *[None] * 5, 1.0, 0.0, False, False, True)
         )

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference
 from devices import generator as make_generator
-from devices import usual_dtype
+from devices import on_gpu, usual_dtype
 from flash_dmattn import DynamicMask, flash_dmattn_func, flash_dmattn_func_auto
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -102,9 +102,35 @@ def test_opcheck_attention(features, grad, dtype):
     inputs = [tensor.detach() for tensor in inputs]
     options = (mask, None if bias is None else bias.detach(), *options[2:])
     for grad_lse in (None, torch.randn_like(lse)):
-        arguments = (torch.randn_like(out), grad_lse, *inputs, out, lse, *options, True, grad and bias is not None)
+        saved = *inputs, out, lse, None
+        arguments = (torch.randn_like(out), grad_lse, *saved, *options, True, grad and bias is not None)
         torch.library.opcheck(ops.backward, arguments)
     torch.library.opcheck(ops.probabilities, (*inputs[:2], lse, *options))
+
+
+@pytest.mark.parametrize("kind", ("dense", "of heads", "expanded", "per key"))
+def test_opcheck_saving(kind):
+    inputs = random_inputs(query_len=70)
+    size = {"dense": (B, 1, 70, K), "of heads": (1, H, 70, K), "expanded": (1, HK, 70, K), "per key": (B, 1, 1, K)}[
+        kind
+    ]
+    mask = torch.rand(size) > 0.2
+    visible = mask.expand(B, -1, -1, -1) if kind == "expanded" else mask
+    options = visible, None, None, None, 0.3, 0.0, False  # of a causal problem, some bits may be anything
+    torch.library.opcheck(ops.forward_saving, (*inputs, *options, True))
+
+    out, lse, mask_bits = ops.forward_saving(*inputs, *options, True)
+    torch.testing.assert_close((out, lse), ops.forward(*inputs, *options, True))
+    if on_gpu() and kind != "per key":
+        words = torch.nn.functional.pad(mask, (0, 0, 0, 96 - 70)).unflatten(2, (3, 32)).long()
+        words = (words << torch.arange(32)[:, None]).sum(3).to(torch.int32)
+        assert torch.equal(mask_bits, words)
+    else:
+        assert mask_bits.numel() == 0
+    arguments = (torch.randn_like(out), None, *inputs, out, lse)
+    torch.library.opcheck(ops.backward, (*arguments, mask_bits, *options, True, False))
+    got, expected = (ops.backward(*arguments, bits, *options, True, False) for bits in (mask_bits, None))
+    assert all(torch.equal(*both) for both in zip(got, expected, strict=True))
 
 
 def test_opcheck_masks():
@@ -124,9 +150,19 @@ def test_gradcheck(kind):
     assert torch.autograd.gradcheck(kind, (*inputs, score))
 
 
-def test_double_backward_is_refused():
+@pytest.mark.parametrize("kind", (causal, dense))
+def test_gradients_asked_for_twice(kind):
+    inputs = [*random_inputs(grad=True), torch.randn(B, HK, K, requires_grad=True)]
+    out = kind(*inputs).sum()
+    first = torch.autograd.grad(out, inputs, retain_graph=True)
+    assert all(torch.equal(*both) for both in zip(torch.autograd.grad(out, inputs), first, strict=True))
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_double_backward_is_refused(masked):
     inputs = random_inputs(grad=True)
-    grad_query, *_ = torch.autograd.grad(flash_dmattn_func(*inputs).sum(), inputs, create_graph=True)
+    mask = torch.rand(1, 1, Q, K) > 0.2 if masked else None
+    grad_query, *_ = torch.autograd.grad(flash_dmattn_func(*inputs, mask).sum(), inputs, create_graph=True)
     with pytest.raises(NotImplementedError, match="flash_dmattn has no double backward"):
         grad_query.sum().backward()
 
@@ -141,7 +177,7 @@ def test_compile_traces_everything(kind):
         torch.testing.assert_close(gradients(compiled, *inputs, score), gradients(kind, *inputs, score))
 
 
-@pytest.mark.parametrize("kind", (expanded_bias, window))
+@pytest.mark.parametrize("kind", (expanded_bias, dense, window))
 def test_compile_with_the_default_compiler(kind):
     torch.compiler.reset()
     inputs = [*random_inputs(grad=True), torch.randn(B, HK, K, requires_grad=True)]
@@ -168,7 +204,7 @@ def test_compile_raises_no_error_of_its_own_for_unchecked_nan(monkeypatch):
     torch.testing.assert_close(compiled(*inputs, score), dynamic(*inputs, score))
 
 
-@pytest.mark.parametrize("kind", (causal, dynamic, lse))
+@pytest.mark.parametrize("kind", (causal, dense, dynamic, lse))
 @pytest.mark.parametrize("use_reentrant", (False, True))
 def test_checkpointing(kind, use_reentrant):
     inputs = [*random_inputs(grad=True), torch.randn(B, HK, K, requires_grad=True)]
@@ -224,6 +260,17 @@ class Record(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in inputs:
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
         return result
+
+
+@pytest.mark.parametrize("size", ((1, 1, Q, K), (1, 1, 1, K), (1, 1, Q, 1)))
+def test_bits_are_saved_of_masks_with_a_value_for_each_pair(size):
+    inputs = random_inputs(grad=True)
+    with Record() as record:
+        out = flash_dmattn_func(*inputs, torch.rand(size) > 0.2)
+        torch.autograd.grad(out.sum(), inputs)
+    saves = on_gpu() and size == (1, 1, Q, K)
+    assert ("flash_dmattn::forward_saving" in record.names) == saves
+    assert ("flash_dmattn::forward" in record.names) != saves
 
 
 def heads_first(tensor):

@@ -24,7 +24,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
-    f"{PROBLEM}, bool deterministic, bool needs_bias_grad) -> "
+    f"Tensor? mask_bits, {PROBLEM}, bool deterministic, bool needs_bias_grad) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)"
 )
 LIBRARY.define(f"probabilities(Tensor query, Tensor key, Tensor lse, {PROBLEM}) -> Tensor")
@@ -42,7 +42,7 @@ def _forward(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    *rest: Any,
+    mask_bits: Tensor | None, *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     problem, needs_bias_grad = Problem(query, key, value, *rest[:-1]), rest[-1]
     with _on(query):
