@@ -65,6 +65,9 @@ CASES = {
     ),
     "per-key-mask": lambda: step(problem(), attn_mask=torch.rand(1, 1, 1, 150) < 0.3),
     "dense-mask": lambda: step(problem(), attn_mask=torch.rand(1, 1, 150, 150) < 0.3, is_causal=True),
+    "dense-mask-aligned": lambda: step(
+        problem(key_len=160), attn_mask=torch.rand(1, 1, 150, 160) < 0.3, is_causal=True
+    ),
     "dense-mask-odd": lambda: step(
         problem(), attn_mask=(torch.rand(1, 150, 151, 2) < 0.3)[:, :, 1:].permute(0, 3, 2, 1), is_causal=True
     ),
