@@ -165,11 +165,16 @@ class Pass {
     const i64 rows = row_tiles_ * blocks_.tiles.rows;
     lse_ = stream_.allocate_array<float>(static_cast<std::size_t>(2 * rows));
     delta_ = lse_ + rows;
+    const auto of_block = [&](i64 count) { return static_cast<int>(divide_up_wide(count, row_tiles_)); };
+    const i64 bias_sums = sums_.data + sums_.all - sums_.grad_bias();
     grad_out_ = is_hopper_ ? boxed_input(output_gradient_.out, stream_) : aligned_input(output_gradient_.out, stream_);
     stream_.launch(rows_kernel("BackwardRows", options_.number), {static_cast<unsigned>(row_tiles_)}, kRowThreads, 0,
                    BackwardRowsParams{.shape = shape_,
                                       .plan = plan_,
                                       .sums = sums_,
+                                      .zeros = {.query = of_block(sums_.query / 4),
+                                                .bias = of_block(bias_sums / 4),
+                                                .key_rows = of_block(sums_.key_rows)},
                                       .tile_rows = blocks_.tiles.rows,
                                       .tile_positions = tile_positions_,
                                       .tiles = tiles_,

@@ -17,7 +17,7 @@ struct alignas(16) Floats {
 constexpr float kLog2E = 1.4426950408889634f;
 
 /// delta = sum(out * dO) - dLse and lse in base 2, in the order in which tiles hold the rows. A block has a tile, and a
-/// few neighbouring threads have a row. Beside that it writes its part of the zeros: the loads hide behind them.
+/// few neighbouring threads have a row. While the rows come, it writes its part of the zeros.
 template <Number kNumber>
 struct BackwardRows {
   static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
@@ -25,29 +25,29 @@ struct BackwardRows {
   using T = typename TypeOf<kNumber>::type;
 
   static void run(const Params& params, char*) {
-    write_zeros(params);
     const Shape& shape = params.shape;
     const int of_batches = block_index() / params.tiles;
     const int unit = of_batches % shape.units(), b = of_batches / shape.units();
     const int first_query = block_index() % params.tiles * params.tile_positions;
     const int lanes = lanes_of_row(shape.head_dim), lane = thread_index() % lanes;
-    // Several rows at a time: their loads are under way together.
     const int step = kThreads / lanes;
-    for (int first = thread_index() / lanes; first < params.tile_rows; first += kBatch * step) {
+#pragma unroll 1
+    for (int first = 0; first < params.tile_rows; first += kBatch * step) {
       Row rows[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int row = first + i * step, position = row / shape.pack, query = first_query + position;
+        const int row = first + i * step + thread_index() / lanes;
+        const int position = row / shape.pack, query = first_query + position;
         if (row < params.tile_rows && position < params.tile_positions && query < shape.query_len)
           rows[i].load(params, b, query, unit * shape.pack + row % shape.pack, lane);
       }
+      if (first == 0) write_zeros(params);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int row = first + i * step;
-        if (row >= params.tile_rows) break;
+        const int row = first + i * step + thread_index() / lanes;
         float sum = rows[i].product();
         for (int mask = lanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-        if (lane != 0) continue;
+        if (lane != 0 || row >= params.tile_rows) continue;
         const i64 at = static_cast<i64>(block_index()) * params.tile_rows + row;
         const bool sees_nothing = rows[i].lse == -kInfinity;
         params.base_2_lse[at] = sees_nothing ? kInfinity : rows[i].lse * kLog2E;
@@ -57,39 +57,41 @@ struct BackwardRows {
   }
 
  private:
-  static constexpr int kBatch = 2;
+  static constexpr int kBatch = 2;  // rows of a thread that are under way together
 
   static void write_zeros(const Params& params) {
     const GradientSums& sums = params.sums;
-    zero(sums.data, sums.query);
-    zero(sums.grad_bias(), sums.data + sums.all - sums.grad_bias());
+    zero(sums.data, sums.grad_key(), params.zeros.query);
+    zero(sums.grad_bias(), sums.data + sums.all, params.zeros.bias);
     zero_keys(params);
   }
-  /// The block's part of them.
-  static void zero(float* sums, i64 count) {
-    count /= 4;
-    const i64 part = (count + grid_blocks() - 1) / grid_blocks(), first = part * block_index();
-    for (i64 i = first + thread_index(); i < least<i64>(first + part, count); i += kThreads)
-      reinterpret_cast<Floats*>(sums)[i] = Floats{};
+  /// The block's part, of so many fours.
+  static void zero(float* sums, const float* end, int part) {
+    Floats* const first = reinterpret_cast<Floats*>(sums) + static_cast<i64>(part) * block_index();
+    const i64 left = reinterpret_cast<const Floats*>(end) - first;
+#pragma unroll 4
+    for (int i = thread_index(); i < part; i += kThreads)
+      if (i < left) first[i] = Floats{};
   }
+  /// Each warp finds out which keys are seen, and has a part of those.
   static void zero_keys(const Params& params) {
     const GradientSums& sums = params.sums;
     const Shape& shape = params.shape;
-    const i64 part = (sums.key_rows + grid_blocks() - 1) / grid_blocks(), first = part * block_index();
-    const int rows = static_cast<int>(least(part, sums.key_rows - first)), width = sums.padded_dim / 4;
-    if (rows <= 0) return;
-    // From the first row on, in 32 bits.
-    const int first_head = static_cast<int>(first % shape.kv_heads);
-    const int first_key = static_cast<int>(first / shape.kv_heads % shape.key_len);
-    const int first_batch = static_cast<int>(first / shape.kv_heads / shape.key_len);
-    Floats* const grad_key = reinterpret_cast<Floats*>(sums.grad_key()) + first * width;
-    Floats* const grad_value = reinterpret_cast<Floats*>(sums.grad_value()) + first * width;
+    const int warp = thread_index() / kWarp, lane = thread_index() % kWarp, width = sums.padded_dim / 4;
+    const i64 first = static_cast<i64>(params.zeros.key_rows) * block_index();
+    const int count = static_cast<int>(least<i64>(params.zeros.key_rows, sums.key_rows - first));
 #pragma unroll 1
-    for (int i = thread_index(); i < rows * width; i += kThreads) {
-      const int head = first_head + i / width, key = first_key + head / shape.kv_heads;
-      const int b = first_batch + key / shape.key_len;
-      if (!params.plan.is_seen(shape, b, head % shape.kv_heads, key % shape.key_len)) continue;
-      grad_key[i] = grad_value[i] = Floats{};
+    for (int group = 0; group < count; group += kWarp) {
+      const u32 row = static_cast<u32>(first) + group + lane, key = row / shape.kv_heads;
+      u32 seen = ballot(group + lane < count &&
+                        params.plan.is_seen(shape, key / shape.key_len, row % shape.kv_heads, key % shape.key_len));
+      for (int i = warp; i < kWarp; i += kThreads / kWarp) {
+        if ((seen >> i & 1) == 0) continue;
+        const i64 at = (first + group + i) * width;
+        for (int column = lane; column < width; column += kWarp)
+          reinterpret_cast<Floats*>(sums.grad_key())[at + column] =
+              reinterpret_cast<Floats*>(sums.grad_value())[at + column] = Floats{};
+      }
     }
   }
 

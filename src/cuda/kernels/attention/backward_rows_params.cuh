@@ -19,11 +19,17 @@ struct GradientSums {
   float* grad_bias() const { return grad_value() + key_rows * padded_dim; }
 };
 
+/// How many zeros a block writes: fours of dQ's and the bias's, rows of dK's and dV's.
+struct ZerosOfBlock {
+  int query, bias, key_rows;
+};
+
 /// What the pass needs to know of each row; and where its sums begin, with zeros.
 struct BackwardRowsParams {
   Shape shape;
   Plan plan;
   GradientSums sums;
+  ZerosOfBlock zeros;
   int tile_rows, tile_positions, tiles;  ///< tiles: of a unit
   Rows out, grad_out;
   RowNumbers lse, grad_lse;   ///< grad_lse: its data null where there is none
