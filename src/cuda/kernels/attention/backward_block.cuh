@@ -183,12 +183,24 @@ struct BackwardBlock {
         numbers.end[i] = exists ? row(seen.end) : 0;
       }
     }
-    if constexpr (kBitWords > 0)
-      for (int i = thread; i < kKeys * plan.words; i += kThreads) {
-        const int key = i / plan.words, word = i % plan.words;
-        numbers.bits[key * kBitWords + word] = bits_of_entry(first_key + key, word);
-      }
+    if constexpr (kBitWords > 0) read_bits(first_key);
     sync_block();
+  }
+  /// A warp reads the words of several keys at a time.
+  void read_bits(int first_key) {
+    static_assert(kBitWords <= kWarp + 1);
+    constexpr int kWarps = kThreads / kWarp, kBatch = 6;
+#pragma unroll 1
+    for (int first = warp; first < kKeys; first += kBatch * kWarps) {
+      const auto each = [&](const auto& use) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i * kWarps < kKeys && lane < params.plan.words) use(i, first + i * kWarps);
+      };
+      u32 found[kBatch];
+      each([&](int i, int key) { found[i] = bits_of_entry(first_key + key, lane); });
+      each([&](int i, int key) { numbers.bits[key * kBitWords + lane] = found[i]; });
+    }
   }
 
   /// Test::bits: one word of those of an entry of the list, from anywhere up to the tile's end.
