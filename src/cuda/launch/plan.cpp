@@ -39,10 +39,11 @@ const Kernel kRepeatEnd{"layout/repeat.cuh", "Repeat<int>"}, kRepeatRows{"layout
 /// Readers may run past the end of a list, to the end of a tile.
 constexpr std::int64_t kSlack = 128;
 
-/// Memory for what is read of a mask, but not yet in its lists: a part of the mask's, and hardly more than the cache.
+/// Memory for what is read of a mask, but not yet in its lists: a part of the mask's. Many lists at a time leave few
+/// multiprocessors idle at their end.
 std::int64_t segment_memory(std::int64_t mask_bytes) {
   constexpr std::int64_t mebibyte = 1 << 20;
-  return std::clamp(mask_bytes / 4, 16 * mebibyte, 96 * mebibyte);
+  return std::clamp(mask_bytes / 4, 16 * mebibyte, 512 * mebibyte);
 }
 
 Grid grid_of(std::int64_t blocks) { return {static_cast<unsigned>(blocks)}; }
