@@ -224,15 +224,16 @@ struct BackwardBlock {
   /// Rows whose bits are looked at together: they have at most 64 positions.
   static constexpr int kBitRows = least(kPartRows, 64);
 
-  /// Which tiles of rows any key sees, and whether every row sees every key.
+  /// Which tiles of rows see any key of either half of the tile, and whether every row sees every key.
   void find_row_tiles() {
     const int count = divide_up(work.rows, kRows);
     for (int t = warp; t < count; t += kThreads / kWarp) {
       const int first = t * kRows, last = least(first + kRows, work.rows);
-      bool any = false, all = true;
+      bool any_low = false, any_high = false, all = true;
       for (int i = lane; i < kKeys; i += kWarp) {
+        bool any = false;
         if constexpr (kOptions.test == Test::interval) {
-          any |= numbers.start[i] < last && numbers.end[i] > first && numbers.start[i] < numbers.end[i];
+          any = numbers.start[i] < last && numbers.end[i] > first && numbers.start[i] < numbers.end[i];
           all &= numbers.start[i] <= first && numbers.end[i] >= last;
         } else {
           for (int row = first; row < last; row += 64) {
@@ -243,26 +244,38 @@ struct BackwardBlock {
             all &= seen == everyone;
           }
         }
+        (i < kKeys / 2 ? any_low : any_high) |= any;
       }
-      const u32 someone = ballot(any), everyone = ballot(all);
-      if (lane == 0) numbers.seen[t] = someone == 0 ? 0 : everyone == ~0u ? 1 : 2;
+      const u32 low = ballot(any_low), high = ballot(any_high), everyone = ballot(all);
+      if (lane == 0) numbers.seen[t] = (low != 0) | (high != 0) << 1 | (everyone != ~0u) << 2;
     }
     sync_block();
     if (warp == 0) {
       int found = 0;
-      for (int t = lane; t - lane < count; t += kWarp) {
-        const int seen = t < count ? numbers.seen[t] : 0;
-        const u32 some = ballot(seen != 0);
-        if (seen != 0)
-          numbers.tiles[found + count_ones(some & ((1u << lane) - 1))] = static_cast<u16>(t | (seen - 1) << 15);
-        found += count_ones(some);
+      const auto find = [&](auto&& is_wanted) {
+        for (int t = lane; t - lane < count; t += kWarp) {
+          const int seen = t < count ? numbers.seen[t] : 0;
+          const u32 wanted = ballot(is_wanted(seen & kSeesAny));
+          if (is_wanted(seen & kSeesAny))
+            numbers.tiles[found + count_ones(wanted & ((1u << lane) - 1))] = static_cast<u16>(t | seen << 13);
+          found += count_ones(wanted);
+        }
+      };
+      if constexpr (kTiles.halves) {
+        find([](int halves) { return halves == kSeesAny; });
+        if (lane == 0) numbers.whole_count = found;
+        find([](int halves) { return halves != 0 && halves != kSeesAny; });
+      } else {
+        find([](int halves) { return halves != 0; });
       }
       if (lane == 0) numbers.tile_count = found;
     }
     sync_block();
   }
-  int row_tile(int i) const { return numbers.tiles[i] & 0x7fff; }
+  static constexpr int kSeesAny = 3;  // both bits for the halves
+  int row_tile(int i) const { return numbers.tiles[i] & 0x1fff; }
   bool is_tested(int i) const { return numbers.tiles[i] >> 15 != 0; }
+  bool sees_half(int i, int half) const { return (numbers.tiles[i] >> (13 + half) & 1) != 0; }
 
   // ---- scores of a tile
 
@@ -472,7 +485,7 @@ struct BackwardBlock {
       sync();
       if (thread == 0) add_released(key_turn(), 1);
       for (int t = thread; t < divide_up(work.rows, kRows); t += threads)
-        if (numbers.seen[t] == 0) {
+        if ((numbers.seen[t] & kSeesAny) == 0) {
           wait_for(query_turn(t), work.tile);
           add_released(query_turn(t), 1);
         }

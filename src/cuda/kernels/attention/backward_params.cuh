@@ -17,8 +17,9 @@ struct BackwardTiles {
   int keys, rows, dim;  ///< dim: what the head dim is padded to
   int split;   ///< warps that share 16 keys: in the scores each has its part of the rows, in dK and dV of the columns
   int stages;  ///< of rows; 2: the next tile is copied while one is worked at
-  int turned = 0;     ///< of the second part's columns, the last `turned` pairs of 8 come first
-  int bit_words = 0;  ///< Test::bits: room for those of a key in shared memory; 0: they are read where they are
+  int turned = 0;       ///< of the second part's columns, the last `turned` pairs of 8 come first
+  int bit_words = 0;    ///< Test::bits: room for those of a key in shared memory; 0: they are read where they are
+  bool halves = false;  ///< tiles of rows that see keys of one half of the tile only come after the others
 };
 
 /// How the sums of a tile of dQ are cut among warps, column_groups side by side: a warp has row_tiles x pairs of 16 x
@@ -58,14 +59,14 @@ struct BackwardWork {
 template <int kKeys, int kRows, int kStages, int kBitWords = 0>
 struct BackwardNumbers {
   float lse[kStages][kRows], delta[kStages][kRows];
-  float bias[kKeys];                // in base 2; -inf beyond the end of the list
-  int position[kKeys];              // -1 beyond the end of the list
-  int start[kKeys], end[kKeys];     // Test::interval: the rows of the run that see the key
-  float bias_sum[2][kKeys];         // of the rows so far, for each of the warps that share a key
-  u32 bits[kKeys * kBitWords + 1];  // of the positions of the run
-  u16 tiles[kMostRowTiles];         // those that any key sees, and which of them need tests
-  unsigned char seen[kMostRowTiles];
-  int tile_count;
+  float bias[kKeys];                  // in base 2; -inf beyond the end of the list
+  int position[kKeys];                // -1 beyond the end of the list
+  int start[kKeys], end[kKeys];       // Test::interval: the rows of the run that see the key
+  float bias_sum[2][kKeys];           // of the rows so far, for each of the warps that share a key
+  u32 bits[kKeys * kBitWords + 1];    // of the positions of the run
+  u16 tiles[kMostRowTiles];           // those that see any key; in the upper 3 bits what `seen` says
+  unsigned char seen[kMostRowTiles];  // whether it sees keys of the lower half, of the upper; whether it needs tests
+  int tile_count, whole_count;        // BackwardTiles::halves: the first ones see both
   BackwardWork work;
 };
 

@@ -31,7 +31,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions)
  private:
   using Block::add_key_gradients, Block::differentiate_softmax, Block::exponentiate, Block::find_row_tiles;
   using Block::grad_key, Block::grad_value, Block::lane, Block::numbers, Block::params, Block::thread, Block::warp;
-  using Block::is_tested, Block::key_of, Block::query_turn, Block::read_keys, Block::row_tile;
+  using Block::is_tested, Block::key_of, Block::query_turn, Block::read_keys, Block::row_tile, Block::sees_half;
   using Block::kColumnTiles, Block::kDim, Block::kKeys, Block::kPartRows, Block::kRows;
   using Block::wait_for;
   using Block::work;
@@ -210,18 +210,41 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions)
     const int warpgroup = shuffle(thread / kWarpgroup, 0);
     wait(shared.keys_full, 0);
     fence_for_bulk();
+    const int whole = kConfig.halves ? numbers.whole_count : numbers.tile_count;
 #pragma unroll 1
-    for (int i = 0; i < numbers.tile_count; ++i) {
-      Scores score;
-      QuerySums grad_query;
-      multiply_scores(score, warpgroup, i);
-      work_at(score, grad_query, warpgroup, i);
-      wait_products<1>();  // but dK's
-      arrive(shared.grad_out_empty[GradOutPlace(i).stage]);
-      hand_over(grad_query, warpgroup, i);
-      wait_products<0>();
-      arrive(shared.query_empty[QueryPlace(i).stage]);
+    for (int i = 0; i < whole; ++i) multiply_rows<kKeys>(i, warpgroup);
+    if constexpr (kConfig.halves) {
+#pragma unroll 1
+      for (int i = whole; i < numbers.tile_count; ++i) {
+        if (sees_half(i, warpgroup))
+          multiply_rows<kKeys / 2>(i, warpgroup);
+        else
+          multiply_for_other(i, warpgroup);
+      }
     }
+  }
+  /// Of so many keys that the tile of rows sees: all, or the warpgroup's.
+  template <int kSeen>
+  void multiply_rows(int i, int warpgroup) {
+    Scores score;
+    QuerySums grad_query;
+    multiply_scores(score, warpgroup, i);
+    work_at<kSeen>(score, grad_query, warpgroup, i);
+    wait_products<1>();  // but dK's
+    arrive(shared.grad_out_empty[GradOutPlace(i).stage]);
+    hand_over(grad_query, warpgroup, i);
+    wait_products<0>();
+    arrive(shared.query_empty[QueryPlace(i).stage]);
+  }
+  /// The rows see keys of the other warpgroup only: this one has its part of dQ.
+  void multiply_for_other(int i, int warpgroup) {
+    QuerySums grad_query;
+    sync_threads(kGradScores, kConsumerThreads);
+    multiply_grad_scores<kKeys / 2>(grad_query, shared.scores[i % 2], warpgroup, 1 - warpgroup);
+    arrive(shared.grad_out_empty[GradOutPlace(i).stage]);
+    arrive(shared.query_empty[QueryPlace(i).stage]);
+    wait_products<0>();
+    hand_over(grad_query, warpgroup, i);
   }
 
   /// S^T = K Q^T
@@ -232,6 +255,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions)
   }
 
   /// From the scores of a tile of rows to its part of dV, dQ and dK, which are under way then.
+  template <int kSeen>
   void work_at(Scores& score, QuerySums& grad_query, int warpgroup, int i) {
     const int tile = row_tile(i);
     const GradOutPlace place(i);
@@ -283,7 +307,7 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions)
     fence_for_bulk();
     sync_threads(kGradScores, kConsumerThreads);
     if constexpr (kSharesKeys) add_rows(grad_value, shared.scores[0], grad_out, warpgroup);
-    multiply_grad_scores(grad_query, grad_scores, warpgroup);
+    multiply_grad_scores<kSeen>(grad_query, grad_scores, warpgroup, kSeen < kKeys ? warpgroup : 0);
     if constexpr (kSharesKeys)
       add_rows(grad_key, grad_scores, query, warpgroup);
     else
@@ -322,18 +346,21 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions)
                                  warpgroup, true);
     commit_products();
   }
-  /// dQ = dS K: the warpgroup's rows x its columns, over the keys.
-  void multiply_grad_scores(QuerySums& sums, const ScorePanels& scores, int warpgroup) {
-    const Operand a = scores.transposed(kConfig.cuts_rows() ? warpgroup : 0);
+  /// dQ = dS K: the warpgroup's rows x its columns, over so many keys, those of one warpgroup or all.
+  template <int kSeen>
+  void multiply_grad_scores(QuerySums& sums, const ScorePanels& scores, int warpgroup, int of_keys) {
+    const Operand a =
+        scores.transposed(kConfig.cuts_rows() ? warpgroup : 0) + of_keys * ScorePanels::along_rows(kKeys / 32);
     fence_products();
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) {
+    for (int step = 0; step < kSeen / 16; ++step) {
       const Operand rows = a + ScorePanels::along_rows(step);
       if constexpr (kSharesKeys) {
         multiply_columns<Major::mn>(sums, rows, shared.key, KeyPanels::along_rows(step), warpgroup, step > 0);
       } else {
         constexpr int kColumns = kQueryTile.blocks() * 8;
-        const Operand b = shared.key.transposed(kConfig.cuts_rows() ? 0 : warpgroup);
+        const Operand b =
+            shared.key.transposed(kConfig.cuts_rows() ? 0 : warpgroup) + of_keys * KeyPanels::along_rows(kKeys / 32);
         multiply<T, kColumns, Major::mn, Major::mn>(reinterpret_cast<float (&)[kColumns / 2]>(sums), rows,
                                                     b + KeyPanels::along_rows(step), step > 0);
       }

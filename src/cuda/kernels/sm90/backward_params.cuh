@@ -20,6 +20,7 @@ struct HopperBackwardConfig {
   int dim;         ///< of the products: what head_dim is padded to
   int keys, rows;  ///< of a tile
   int bit_words;   ///< of a key, in shared memory: one more than it may have, so that keys are in different banks
+  bool halves;     ///< tiles of rows that see keys of one warpgroup only come last: half of the products are left out
   int query_stages = 2, grad_out_stages = 2;
   int shared_bytes = 0;
 
@@ -33,13 +34,15 @@ struct HopperBackwardConfig {
   constexpr int whole_panels() const { return panels() / 2; }
   constexpr bool halves_panel() const { return panels() % 2 != 0; }
   constexpr BackwardTiles tiles() const {
-    return {keys, rows, dim, shares_keys() ? 2 : 1, query_stages, shares_keys() && halves_panel() ? 2 : 0, bit_words};
+    return {keys,      rows,  dim, shares_keys() ? 2 : 1, query_stages, shares_keys() && halves_panel() ? 2 : 0,
+            bit_words, halves};
   }
   constexpr QueryTile query_tile() const { return hopper_query_tile(head_dim, rows); }
   constexpr BackwardBlocks blocks() const { return {tiles(), query_tile(), kThreads, shared_bytes}; }
 };
 
-/// The addresses of a full bias and its gradient take registers.
+/// The addresses of a full bias and its gradient take registers. Deterministic blocks come to tiles of rows in the same
+/// order, or they would wait for each other.
 constexpr HopperBackwardConfig hopper_backward_config(const BackwardOptions& options) {
   const int head_dim = options.head_dim;
   const bool shares_keys = head_dim > 128 || options.bias == BiasKind::full;
@@ -47,7 +50,8 @@ constexpr HopperBackwardConfig hopper_backward_config(const BackwardOptions& opt
                               .dim = round_up(head_dim, shares_keys ? 64 : 32),
                               .keys = shares_keys ? 64 : 128,
                               .rows = shares_keys || head_dim > 64 ? 64 : 128,
-                              .bit_words = options.test == Test::bits ? kMostBits / 32 + 1 : 0};
+                              .bit_words = options.test == Test::bits ? kMostBits / 32 + 1 : 0,
+                              .halves = !shares_keys && !options.deterministic};
   if (head_dim > 192) config.grad_out_stages = 1;
   const int rows = config.rows * (config.query_stages + config.grad_out_stages), scores = 2 * config.keys * config.rows;
   const int tiles = (2 * config.keys + rows) * config.panels() * 128 + scores * 2 +
