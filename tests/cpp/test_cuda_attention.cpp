@@ -65,7 +65,7 @@ constexpr Kind kKinds[] = {KINDS(LIST)};
   BACKWARD(arch, head_dim, number, test, bias, softcap, true)                                \
   BACKWARD(arch, head_dim, number, test, BiasKind::full, softcap, false)                     \
   BACKWARD(arch, head_dim, number, test, BiasKind::full, softcap, true)                      \
-  EMULATE(WriteQueryGradient<QueryGradientOptions{arch, head_dim, number, 0}>);
+  EMULATE(WriteGradients<GradientOptions{arch, head_dim, number, 0}>);
 KINDS(PASSES)
 #define HOPPER_BACKWARD(...) EMULATE(HopperBackward<BackwardOptions{90, __VA_ARGS__}>);
 #define HOPPER_PASSES(arch, head_dim, number, test, bias, softcap)                     \
@@ -74,8 +74,8 @@ KINDS(PASSES)
   HOPPER_BACKWARD(head_dim, number, test, bias, softcap, true)                         \
   HOPPER_BACKWARD(head_dim, number, test, BiasKind::full, softcap, false)              \
   HOPPER_BACKWARD(head_dim, number, test, BiasKind::full, softcap, true)               \
-  EMULATE(WriteQueryGradient<QueryGradientOptions{90, head_dim, number, 64}>);         \
-  EMULATE(WriteQueryGradient<QueryGradientOptions{90, head_dim, number, 128}>);
+  EMULATE(WriteGradients<GradientOptions{90, head_dim, number, 64}>);                  \
+  EMULATE(WriteGradients<GradientOptions{90, head_dim, number, 128}>);
 HOPPER_KINDS(HOPPER_PASSES)
 
 #define OF_NUMBERS(number)                      \
@@ -83,8 +83,6 @@ HOPPER_KINDS(HOPPER_PASSES)
   EMULATE(Combine<CombineOptions{86, number}>); \
   EMULATE(Combine<CombineOptions{90, number}>); \
   EMULATE(BackwardRows<number>);                \
-  EMULATE(WriteKeyGradients<number>);           \
-  EMULATE(WriteBiasGradient<number>);           \
   EMULATE(WriteRowBiasGradient<number>);
 OF_NUMBERS(Number::float16)
 OF_NUMBERS(Number::bfloat16)

@@ -27,9 +27,9 @@ Kernel kernel(const BackwardOptions& o, bool is_hopper) {
           options_text("BackwardOptions", o.arch, o.head_dim, o.number, o.test, o.bias, o.softcap, o.deterministic) +
           ">"};
 }
-Kernel kernel(const QueryGradientOptions& o) {
-  return {kRowsHeader, "WriteQueryGradient<" +
-                           options_text("QueryGradientOptions", o.arch, o.head_dim, o.number, o.hopper_rows) + ">"};
+Kernel kernel(const GradientOptions& o) {
+  return {kRowsHeader,
+          "WriteGradients<" + options_text("GradientOptions", o.arch, o.head_dim, o.number, o.hopper_rows) + ">"};
 }
 Kernel rows_kernel(const char* name, Number number) {
   return {kRowsHeader, std::string(name) + "<" + text(number) + ">"};
@@ -268,72 +268,75 @@ class Pass {
   }
 
   void write_gradients() {
+    const GradientOptions options{options_.arch, options_.head_dim, options_.number,
+                                  is_hopper_ ? blocks_.tiles.rows : 0};
     const float scale = static_cast<float>(problem_.scale);
     const Rows query = aligned_output(input_gradient_.query, stream_);
-    const QueryGradientOptions query_options{options_.arch, options_.head_dim, options_.number,
-                                             is_hopper_ ? blocks_.tiles.rows : 0};
-    stream_.launch(kernel(query_options), {static_cast<unsigned>(row_tiles_)}, kRowThreads,
-                   query_gradient_shared_bytes(query_options),
-                   QueryGradientParams{.shape = shape_,
-                                       .tile_positions = tile_positions_,
-                                       .tiles = tiles_,
-                                       .sums = sums_.data,
-                                       .out = query,
-                                       .scale = scale});
-    const i64 keys = static_cast<i64>(shape_.batch) * shape_.key_len * shape_.kv_heads;
-    if (!key_tiles_have_one_block_)
-      stream_.launch(rows_kernel("WriteKeyGradients", options_.number), {blocks_of(keys * blocks_.tiles.dim / 16)},
-                     kRowThreads, 0,
-                     KeyGradientsParams{.shape = shape_,
-                                        .plan = plan_,
-                                        .sums = sums_,
-                                        .key_out = grad_key_out_,
-                                        .value_out = grad_value_out_,
-                                        .scale = scale});
+    const i64 key_rows = sums_.key_rows, bias_elements = has_bias_sums() ? product(input_gradient_.bias->size) : 0;
+    GradientsParams params{
+        .query = {.shape = shape_,
+                  .tile_positions = tile_positions_,
+                  .tiles = tiles_,
+                  .sums = sums_.data,
+                  .out = query,
+                  .scale = scale},
+        .keys = {.shape = shape_,
+                 .plan = plan_,
+                 .sums = sums_,
+                 .key_out = grad_key_out_,
+                 .value_out = grad_value_out_,
+                 .scale = scale},
+        .bias = has_bias_sums() ? summed_bias(*input_gradient_.bias) : BiasGradientParams{},
+        .query_blocks = static_cast<int>(row_tiles_),
+        .key_blocks = static_cast<int>(blocks_of(key_rows * blocks_.tiles.dim / 16)),
+    };
+    stream_.launch(kernel(options),
+                   {static_cast<unsigned>(params.query_blocks + params.key_blocks) + blocks_of(bias_elements)},
+                   kRowThreads, query_gradient_shared_bytes(options), params);
     write_back(query, input_gradient_.query, stream_);
     write_back(grad_key_out_, input_gradient_.key, stream_);
     write_back(grad_value_out_, input_gradient_.value, stream_);
-    if (input_gradient_.bias) write_bias_gradient(*input_gradient_.bias);
+    if (input_gradient_.bias && !bias_.gradient) write_row_bias_gradient(*input_gradient_.bias);
   }
 
-  void write_bias_gradient(const View<4>& out) {
-    const bool is_float32 = out.dtype == DType::float32;
-    const auto size = [&](int i) { return static_cast<int>(out.size[static_cast<std::size_t>(i)]); };
-    if (!bias_.gradient) {
-      stream_.launch(rows_kernel("WriteRowBiasGradient", options_.number), {static_cast<unsigned>(product(out.size))},
-                     kRowThreads, kRowThreads / 32 * 4,
-                     RowBiasGradientParams{.shape = shape_,
-                                           .lse = row_numbers(output_.lse),
-                                           .grad_lse = grad_lse(),
-                                           .size = {size(0), size(1), size(2)},
-                                           .out = out.data,
-                                           .stride = {out.stride[0], out.stride[1], out.stride[2]},
-                                           .is_float32 = is_float32});
-      return;
-    }
-    if (bias_numbers_ || bias_sums_ == out.data) return;
+  /// Whether the bias's gradient is not summed, or written, where it belongs.
+  bool has_bias_sums() const { return bias_.gradient && !bias_numbers_ && bias_sums_ != input_gradient_.bias->data; }
+
+  BiasGradientParams summed_bias(const View<4>& out) const {
     BiasGradientParams params{};
     params.sums = bias_sums_;
     for (int i = 0; i < 4; ++i) {
-      params.size[i] = size(i);
+      params.size[i] = static_cast<int>(out.size[static_cast<std::size_t>(i)]);
       params.stride[i] = out.stride[static_cast<std::size_t>(i)];
     }
     params.out = out.data;
-    params.is_float32 = is_float32;
+    params.is_float32 = out.dtype == DType::float32;
     params.sums_key = 1;
     if (bias_.kind == BiasKind::per_key) {
       params.sums_head = out.size[3];
       params.sums_batch = shape_.units() * out.size[3];
-      params.batches = out.size[0] > 0 ? shape_.batch / size(0) : 0;
-      params.heads = shape_.units() / size(1);
+      params.batches = out.size[0] > 0 ? shape_.batch / params.size[0] : 0;
+      params.heads = shape_.units() / params.size[1];
     } else {
       params.sums_query = out.size[3];
       params.sums_head = out.size[2] * out.size[3];
       params.sums_batch = out.size[1] * params.sums_head;
       params.batches = params.heads = 1;
     }
-    stream_.launch(rows_kernel("WriteBiasGradient", options_.number), {blocks_of(product(out.size))}, kRowThreads, 0,
-                   params);
+    return params;
+  }
+
+  void write_row_bias_gradient(const View<4>& out) {
+    const auto size = [&](int i) { return static_cast<int>(out.size[static_cast<std::size_t>(i)]); };
+    stream_.launch(rows_kernel("WriteRowBiasGradient", options_.number), {static_cast<unsigned>(product(out.size))},
+                   kRowThreads, kRowThreads / 32 * 4,
+                   RowBiasGradientParams{.shape = shape_,
+                                         .lse = row_numbers(output_.lse),
+                                         .grad_lse = grad_lse(),
+                                         .size = {size(0), size(1), size(2)},
+                                         .out = out.data,
+                                         .stride = {out.stride[0], out.stride[1], out.stride[2]},
+                                         .is_float32 = out.dtype == DType::float32});
   }
 
   const Problem& problem_;
@@ -373,12 +376,12 @@ void backward(const Problem& problem, const Output& output, const OutputGradient
 
 void list_backward_kernels(const Selection& selection, std::vector<ListedKernel>& kernels) {
   for (const Number number : selection.dtypes) {
-    for (const char* name : {"BackwardRows", "WriteKeyGradients", "WriteBiasGradient", "WriteRowBiasGradient"})
+    for (const char* name : {"BackwardRows", "WriteRowBiasGradient"})
       kernels.push_back({rows_kernel(name, number), {selection.arch, static_cast<int>(number)}});
     for (const int head_dim : selection.head_dims) {
       for (const int hopper_rows : {0, 64, 128})
         if (hopper_rows == 0 || (selection.arch == 90 && (hopper_rows == 64 || head_dim <= 64)))
-          kernels.push_back({kernel(QueryGradientOptions{selection.arch, head_dim, number, hopper_rows}),
+          kernels.push_back({kernel(GradientOptions{selection.arch, head_dim, number, hopper_rows}),
                              {selection.arch, head_dim, static_cast<int>(number), hopper_rows}});
       for (const Test test : {Test::interval, Test::bits})
         for (const BiasKind bias : {BiasKind::none, BiasKind::per_key, BiasKind::full})

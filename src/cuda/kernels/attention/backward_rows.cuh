@@ -122,21 +122,19 @@ struct BackwardRows {
 };
 
 /// dQ, whose sums stand as the threads of Backward held them: a block restores one tile of rows.
-template <QueryGradientOptions kOptions>
+template <GradientOptions kOptions>
 struct WriteQueryGradient {
   static constexpr QueryTile kTile = query_tile(kOptions);
-  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 2;
-  using Params = QueryGradientParams;
   using T = typename TypeOf<kOptions.number>::type;
   static constexpr int kDim = round_up(kOptions.head_dim, 16);
   using Rows16 = Tile<kTile.rows, kDim>;
   static_assert(sizeof(Rows16) == query_gradient_shared_bytes(kOptions));
 
-  static void run(const Params& params, char* shared) {
+  static void run(const QueryGradientParams& params, int tile_index, char* shared) {
     Rows16& tile = *reinterpret_cast<Rows16*>(shared);
-    const float* const sums = params.sums + static_cast<i64>(block_index()) * kTile.size();
+    const float* const sums = params.sums + static_cast<i64>(tile_index) * kTile.size();
     constexpr int kGroups = kTile.column_groups, kBlocks = kTile.blocks(), kN = kTile.pairs;
-    for (int i = thread_index(); i < kTile.size() / 4; i += kThreads) {
+    for (int i = thread_index(); i < kTile.size() / 4; i += kRowThreads) {
       const int lane = i % kWarp, block = i / kWarp % kBlocks, warp = i / kWarp / kBlocks;
       const int row = (warp / kGroups * kTile.row_tiles + block / (2 * kN)) * 16 + lane / 4;
       const int column = (warp % kGroups * kN * 2 + block % (2 * kN)) * 8 + lane % 4 * 2;
@@ -147,11 +145,11 @@ struct WriteQueryGradient {
     }
     sync_block();
     const Shape& shape = params.shape;
-    const int of_batches = block_index() / params.tiles;
+    const int of_batches = tile_index / params.tiles;
     const int unit = of_batches % shape.units(), b = of_batches / shape.units();
-    const int first_query = block_index() % params.tiles * params.tile_positions;
+    const int first_query = tile_index % params.tiles * params.tile_positions;
     constexpr int kChunks = kOptions.head_dim / kChunk;
-    for (int i = thread_index(); i < kTile.rows * kChunks; i += kThreads) {
+    for (int i = thread_index(); i < kTile.rows * kChunks; i += kRowThreads) {
       const int row = i / kChunks, column = i % kChunks * kChunk;
       const int position = row / shape.pack, query = first_query + position;
       if (position >= params.tile_positions || query >= shape.query_len) continue;
@@ -164,14 +162,12 @@ struct WriteQueryGradient {
 /// dK and dV: a thread has 16 columns of both.
 template <Number kNumber>
 struct WriteKeyGradients {
-  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
-  using Params = KeyGradientsParams;
   using T = typename TypeOf<kNumber>::type;
 
-  static void run(const Params& params, char*) {
+  static void run(const KeyGradientsParams& params, i64 index) {
     const Shape& shape = params.shape;
     const int groups = params.sums.padded_dim / 16;
-    const i64 index = static_cast<i64>(block_index()) * kThreads + thread_index(), row = index / groups;
+    const i64 row = index / groups;
     const int column = static_cast<int>(index % groups) * 16;
     const int head = static_cast<int>(row % shape.kv_heads);
     const int key = static_cast<int>(row / shape.kv_heads % shape.key_len);
@@ -204,11 +200,7 @@ void write_number(void* out, i64 offset, bool is_float32, float x) {
 /// A bias gradient from sums for each batch and head.
 template <Number kNumber>
 struct WriteBiasGradient {
-  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
-  using Params = BiasGradientParams;
-
-  static void run(const Params& params, char*) {
-    i64 index = static_cast<i64>(block_index()) * kThreads + thread_index();
+  static void run(const BiasGradientParams& params, i64 index) {
     const i64 k = index % params.size[3];
     index /= params.size[3];
     const i64 q = index % params.size[2];
@@ -223,6 +215,24 @@ struct WriteBiasGradient {
     write_number<kNumber>(params.out,
                           b * params.stride[0] + h * params.stride[1] + q * params.stride[2] + k * params.stride[3],
                           params.is_float32, sum);
+  }
+};
+
+/// What is summed in memory, in one launch: the first blocks have dQ, the next ones dK and dV, the rest the bias.
+template <GradientOptions kOptions>
+struct WriteGradients {
+  static constexpr int kThreads = kRowThreads, kBlocksPerMultiprocessor = 4;
+  using Params = GradientsParams;
+
+  static void run(const Params& params, char* shared) {
+    const int block = block_index();
+    if (block < params.query_blocks) return WriteQueryGradient<kOptions>::run(params.query, block, shared);
+    const int after = block - params.query_blocks;
+    const auto thread_of = [](int its_block) { return static_cast<i64>(its_block) * kThreads + thread_index(); };
+    if (after < params.key_blocks)
+      WriteKeyGradients<kOptions.number>::run(params.keys, thread_of(after));
+    else
+      WriteBiasGradient<kOptions.number>::run(params.bias, thread_of(after - params.key_blocks));
   }
 };
 

@@ -43,16 +43,16 @@ constexpr int lanes_of_row(int head_dim) {
 }
 constexpr int kRowThreads = 256;  ///< of the kernels before and after the pass
 
-struct QueryGradientOptions {
+struct GradientOptions {
   int arch, head_dim;
   Number number;
   int hopper_rows;  ///< of a tile of HopperBackward, whose sums these are; 0: they are those of Backward
 };
-constexpr QueryTile query_tile(const QueryGradientOptions& options) {
+constexpr QueryTile query_tile(const GradientOptions& options) {
   return options.hopper_rows > 0 ? hopper_query_tile(options.head_dim, options.hopper_rows)
                                  : backward_config(options.arch, options.head_dim).query_tile();
 }
-constexpr int query_gradient_shared_bytes(const QueryGradientOptions& options) {
+constexpr int query_gradient_shared_bytes(const GradientOptions& options) {
   return query_tile(options).rows * tile_pitch(round_up(options.head_dim, 16)) * 2;
 }
 struct QueryGradientParams {
@@ -80,6 +80,14 @@ struct BiasGradientParams {
   void* out;
   i64 stride[4];
   int is_float32;
+};
+
+/// What is to be written, and by how many blocks; the bias by those that are left.
+struct GradientsParams {
+  QueryGradientParams query;
+  KeyGradientsParams keys;
+  BiasGradientParams bias;
+  int query_blocks, key_blocks;
 };
 
 /// The gradient of a bias that is the same for all keys: it moves only lse.
