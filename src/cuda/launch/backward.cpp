@@ -38,7 +38,7 @@ Kernel rows_kernel(const char* name, Number number) {
 unsigned blocks_of(i64 threads) { return static_cast<unsigned>(divide_up_wide(threads, kRowThreads)); }
 
 /// Lists whose tiles of keys are worked at together: enough to keep a GPU busy with few blocks for each row of dQ.
-constexpr int kGroup = 16;
+constexpr int kGroup = 8;
 
 /// What the pass has to know of a gradient of the bias; its sizes are the bias's own, expanded or not.
 struct BiasPass {

@@ -84,7 +84,17 @@ struct PackedSegment {
       const i64 to = ends && exists ? static_cast<i64>(ends[k * params.lists.end.key]) - first : positions;
       const int stop = exists ? static_cast<int>(least<i64>(most<i64>(to, 0), positions)) : 0;
       u32 some_bits = 0, missing = 0;
-      for (int word = 0; word < params.words; ++word) {
+      // Most keys are visible to all positions, by causality and `end`: their whole words stay as they are.
+      const bool is_visible = exists && from <= 0 && stop == positions;
+      const int whole = any(!is_visible) ? 0 : positions / 32;
+#pragma unroll 8
+      for (int word = 0; word < whole; ++word) {
+        const u32 seen = bits[word * length + key];
+        some_bits |= seen;
+        missing |= ~seen;
+      }
+#pragma unroll 1
+      for (int word = whole; word < params.words; ++word) {
         u32& seen = bits[word * length + key];
         if (exists) seen &= below(stop - word * 32) & ~below(from - word * 32);
         some_bits |= exists ? seen : 0;
