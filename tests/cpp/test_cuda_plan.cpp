@@ -172,6 +172,21 @@ void for_random_cases(int cases, Visit visit) {
   }
 }
 
+TEST(divisions_by_multiplication) {
+  const int extremes[] = {1, 2, 3, 7, 8, 641, 65535, 65536, cuda::kLargest - 1, cuda::kLargest};
+  const auto check = [](int n, int value) { CHECK_EQUAL(cuda::Divisor::of(value).quotient(n), n / value); };
+  for (const int value : extremes) {
+    check(0, value);
+    for (const int n : extremes) check(n, value);
+  }
+  for_random_cases(random_cases(), [&](Random& random) {
+    const int value = random.integer(1, cuda::kLargest), n = random.integer(0, cuda::kLargest);
+    check(n, value);
+    check(n, value >> random.integer(0, 30) | 1);
+    check(n / value * value, value);
+  });
+}
+
 TEST(spans_columns_and_rows) {
   for_random_cases(random_cases(), [](Random& random) {
     Case c = random_case(random, random.pick({20, 150}));

@@ -231,20 +231,22 @@ class Pass {
     for (int batch = 0; batch < shape_.batch; batch += batches)
       for (int unit = 0; unit < step; ++unit) {
         params.part = {.first_batch = batch,
-                       .batches = batches,
+                       .batches = Divisor::of(batches),
                        .first_unit = unit,
-                       .units = shape_.units() / step,
+                       .units = Divisor::of(shape_.units() / step),
                        .unit_step = step};
         launch(params);
       }
   }
 
   void launch(BackwardParams& params) {
-    const i64 lists_of_run = static_cast<i64>(params.part.batches) * params.part.units;
+    const i64 lists_of_run = static_cast<i64>(params.part.batches.value) * params.part.units.value;
     const i64 lists = lists_of_run * params.plan.runs.count;
     // Deterministic: lists of a KV head, whose keys may be the same, are in different groups.
     const bool in_turn = options_.deterministic && params.plan.lists;
-    params.group = !in_turn ? kGroup : shape_.units() == shape_.kv_heads ? static_cast<int>(lists_of_run) : 1;
+    const int group = !in_turn ? kGroup : shape_.units() == shape_.kv_heads ? static_cast<int>(lists_of_run) : 1;
+    params.group = Divisor::of(group);
+    params.group_blocks = Divisor::of(group * params.key_tiles);
     if (options_.deterministic) {
       const i64 key_turns =
           static_cast<i64>(shape_.batch) * shape_.kv_heads * (params.plan.lists ? 1 : params.key_tiles);
@@ -254,8 +256,7 @@ class Pass {
       params.key_turn = params.query_turn + row_tiles_;
       stream_.zero(params.ticket, count * sizeof(int));
     }
-    const i64 groups = divide_up_wide(lists, params.group);
-    const Grid grid{static_cast<unsigned>(groups * params.group * params.key_tiles)};
+    const Grid grid{static_cast<unsigned>(divide_up_wide(lists, group) * group * params.key_tiles)};
     const auto launch_with = [&](const auto& all) {
       stream_.launch(kernel(options_, is_hopper_), grid, blocks_.threads, blocks_.shared_bytes, all);
     };

@@ -52,11 +52,12 @@ struct BackwardBlock {
   struct Entry {
     int b, unit, run;
   };
-  int entries() const { return params.part.batches * params.part.units * params.plan.runs.count; }
+  int entries() const { return params.part.batches.value * params.part.units.value * params.plan.runs.count; }
   Entry entry(int index) const {  // the last runs, which see the most keys, come first
     const Part& part = params.part;
-    return {part.first_batch + index / part.units % part.batches, part.first_unit + index % part.units * part.unit_step,
-            params.plan.runs.count - 1 - index / part.units / part.batches};
+    const int of_unit = part.units.quotient(index), run = part.batches.quotient(of_unit);
+    return {part.first_batch + of_unit - run * part.batches.value,
+            part.first_unit + (index - of_unit * part.units.value) * part.unit_step, params.plan.runs.count - 1 - run};
   }
   int tiles_of(const Entry& of) const {
     const int count = params.plan.list(params.shape, of.b, of.unit, of.run).count;
@@ -64,7 +65,8 @@ struct BackwardBlock {
   }
 
   /// Blocks go over the tiles of a group of lists, all first tiles first: so those that add to the same rows of dQ work
-  /// at different times.
+  /// at different times. Many find nothing, where lists are shorter than they may be: what they need for that is
+  /// little.
   bool find_work() {
     int number = block_index();
     if constexpr (kOptions.deterministic) {
@@ -74,12 +76,13 @@ struct BackwardBlock {
       number = work.ticket;
       sync_block();  // its place is written again
     }
-    const int group_size = params.key_tiles * params.group, group = number / group_size;
-    const int within = number % group_size, index = group * params.group + within % params.group;
+    const int group = params.group_blocks.quotient(number), within = number - group * params.group_blocks.value;
+    const int tile = params.group.quotient(within);
+    const int index = (group - tile) * params.group.value + within;
     if (index >= entries()) return false;
     const Shape& shape = params.shape;
     const Entry found = entry(index);
-    const int tile = within / params.group, first_query = params.plan.runs.first(found.run);
+    const int first_query = params.plan.runs.first(found.run);
     const KeyList list = params.plan.list(shape, found.b, found.unit, found.run);
     if (static_cast<i64>(tile) * kKeys >= list.count) return false;
     if (warp == 0) {
@@ -106,11 +109,11 @@ struct BackwardBlock {
 
   /// Deterministic: how many blocks add to the sums of this KV head before the one of a list and a tile does.
   int blocks_before(int index, int tile, int b, int kv_head) const {
-    const int group = index / params.group;
+    const int group = params.group.quotient(index);
     int before = 0;
     for (int i = lane; i < entries(); i += kWarp) {
       const Entry other = entry(i);
-      const int its_group = i / params.group;
+      const int its_group = params.group.quotient(i);
       if (other.b != b || params.shape.kv_head(other.unit) != kv_head || its_group > group) continue;
       const int its_tiles = tiles_of(other);
       if (!params.plan.lists)

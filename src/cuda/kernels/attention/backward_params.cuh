@@ -72,7 +72,11 @@ struct BackwardNumbers {
 
 /// Which (batch, unit)s a launch has: those whose sums never meet, or all.
 struct Part {
-  int first_batch, batches, first_unit, units, unit_step;
+  int first_batch;
+  Divisor batches;
+  int first_unit;
+  Divisor units;
+  int unit_step;
 };
 
 struct BackwardParams {
@@ -91,10 +95,11 @@ struct BackwardParams {
   Rows key_out, value_out;
   float scale;
   Part part;
-  int key_tiles;       ///< of the longest list
-  int group;           ///< lists whose tiles are worked at together; deterministic: with one of a KV head at most
-  int tile_positions;  ///< positions_of_tile
-  u32 inverse_pack;    ///< 2^16 / pack, rounded up: r / pack is r * inverse_pack >> 16 for the rows r of a tile
+  int key_tiles;         ///< of the longest list
+  Divisor group;         ///< lists whose tiles are worked at together; deterministic: with one of a KV head at most
+  Divisor group_blocks;  ///< group * key_tiles
+  int tile_positions;    ///< positions_of_tile
+  u32 inverse_pack;      ///< 2^16 / pack, rounded up: r / pack is r * inverse_pack >> 16 for the rows r of a tile
   // Deterministic: the next block's number, whose turn it is to add to a tile of dQ, and to dK and dV of a KV head.
   // Lists that are spans have the same keys in the same tile: then each tile has its own turns.
   int *ticket, *query_turn, *key_turn;
