@@ -567,6 +567,21 @@ TEST(a_gpu_takes_numbers_of_16_bits) {
   CHECK(stream.launched().empty());
 }
 
+TEST(bits_of_a_mask_that_was_expanded) {
+  Random random(9);
+  EmulatedStream stream(kDense.arch);
+  Case c = make_case(random, kDense, {.B = 2, .Q = 40, .K = 48, .H = 2, .Hk = 1, .D = kDense.head_dim}, false);
+  const Tensor<4> mask = Tensor<4>(DType::boolean, {1, 1, 40, 48}).fill([&] { return random.chance(0.5); });
+  c.in.mask = mask.expand(0, 2).expand(1, 2);
+  c.saves_bits = true;
+  const Saved saved = run_forward(c, stream);
+  c.in.mask = Tensor<4>(DType::boolean, {2, 2, 40, 48});
+  c.in.mask->for_each([&](const Index<4>& i) { c.in.mask->set(i, mask.at({0, 0, i[2], i[3]})); });
+  const Gradient got = run_backward(c, saved, true, stream);
+  const Gradient expected = run_backward(c, {saved.out, saved.lse, saved.probs, {}}, true, stream);
+  CHECK(same_bits(got.query, expected.query) && same_bits(got.key, expected.key));
+}
+
 TEST(bits_of_another_mask_are_refused) {
   Random random(8);
   EmulatedStream stream;
