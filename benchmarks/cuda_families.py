@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from flash_dmattn import operators
 LARGEST_ERROR = 2e-2  # of 16-bit numbers, relative to the largest value
 PATIENCE = 300  # seconds that a family may take
 LONGEST_PEER = 200_000  # dense attention takes seconds beyond
+SHORTEST_SUSTAINED = 100_000  # of which a sample of a few calls runs at another clock than one of many
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Problem:
         self.score = torch.randn(batch, case.kv_heads, length).bfloat16()
         self.mask: tuple[Tensor | None, Tensor | None] = self.make_mask() if case.window else (None, None)
         self.bool_mask = self.as_bool() if case.is_bool else None
-        self.out, self.lse, self.mask_bits = operators.forward_saving(*self.arguments(self.mask))
+        self.out, self.lse, self.mask_bits = self.saving_forward()
 
     def make_mask(self) -> tuple[Tensor, Tensor]:
         return operators.dynamic_mask(self.score, None, self.case.window, self.case.length, True)
@@ -97,6 +100,9 @@ class Problem:
         end, survivors = (None, None) if self.case.is_bool else mask
         options = end, survivors, self.case.head_dim**-0.5, 0.0, True, False
         return self.query, self.key, self.value, self.bool_mask, self.score[:, :, None], *options
+
+    def saving_forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        return operators.forward_saving(*self.arguments(self.mask))
 
     def forward(self, mask: tuple[Tensor | None, Tensor | None] | None = None) -> tuple[Tensor, Tensor]:
         return operators.forward(*self.arguments(mask or self.mask))
@@ -183,6 +189,21 @@ def time_of(name: str, function: Callable[[], object], flops: float) -> dict[str
     return {f"{name}_ms": ms, f"{name}_tflops": flops / ms / 1e9}
 
 
+def sustained_ms(function: Callable[[], object], seconds: float = 2) -> float:
+    """The median of the last half of the calls that fill so much time: when the clock has sunk to where it stays."""
+    spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        spans.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        spans[-1][0].record()
+        function()
+        spans[-1][1].record()
+        if len(spans) > 4:  # the host is a few calls ahead
+            spans[-4][1].synchronize()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in spans[len(spans) // 2 :])
+
+
 def kernel_of(name: str, function: Callable[[], object], flops: float) -> dict[str, object]:
     kernel, ms = longest_kernel(function)
     return {f"{name}_kernel": kernel, f"{name}_kernel_ms": ms, f"{name}_kernel_tflops": flops / ms / 1e9}
@@ -222,12 +243,17 @@ def measure(case: Case, with_peer: bool) -> dict[str, object]:
     row |= time_of("forward", problem.forward, 4 * flops)
     if case.window and not case.is_bool:
         row |= time_of("mask_and_forward", lambda: problem.forward(problem.make_mask()), 4 * flops)
+    if case.is_bool:
+        row |= time_of("saving_forward", problem.saving_forward, 4 * flops)
     row |= time_of("backward", problem.backward, 10 * flops)
     row |= time_of("deterministic_backward", lambda: problem.backward(True), 10 * flops)
     row |= kernel_of("forward", problem.forward, 4 * flops)
     row |= kernel_of("backward", problem.backward, 10 * flops)
     if with_peer and case.length <= LONGEST_PEER:
         row |= cudnn(problem)
+    if with_peer and case.length >= SHORTEST_SUSTAINED:
+        row["sustained_mask_and_forward_ms"] = sustained_ms(lambda: problem.forward(problem.make_mask()))
+        row["sustained_backward_ms"] = sustained_ms(problem.backward)
     return row
 
 

@@ -96,6 +96,13 @@ def cuda_families_figures(recorded: dict) -> str:
             f"| {both(by_family['generic'][case], f'{forward}_ms', 'backward_ms')} "
             f"| {both(row, 'cudnn_forward_ms', 'cudnn_backward_ms')} |"
         )
+    sustained = [
+        f"{case} {both(row, 'sustained_mask_and_forward_ms', 'sustained_backward_ms')} ms"
+        for case, row in by_family["hopper"].items()
+        if "sustained_backward_ms" in row
+    ]
+    if sustained:
+        lines += ["", f"Once the clock has sunk, in a run of two seconds: {', '.join(sustained)}."]
     return "\n".join(lines)
 
 
