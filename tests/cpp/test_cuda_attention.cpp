@@ -569,8 +569,9 @@ TEST(a_gpu_takes_numbers_of_16_bits) {
 
 TEST(bits_of_a_mask_that_was_expanded) {
   Random random(9);
-  EmulatedStream stream(kDense.arch);
-  Case c = make_case(random, kDense, {.B = 2, .Q = 40, .K = 48, .H = 2, .Hk = 1, .D = kDense.head_dim}, false);
+  constexpr Kind kMasked = kKinds[9];
+  EmulatedStream stream(kMasked.arch);
+  Case c = make_case(random, kMasked, {.B = 2, .Q = 40, .K = 48, .H = 2, .Hk = 1, .D = kMasked.head_dim}, false);
   const Tensor<4> mask = Tensor<4>(DType::boolean, {1, 1, 40, 48}).fill([&] { return random.chance(0.5); });
   c.in.mask = mask.expand(0, 2).expand(1, 2);
   c.saves_bits = true;

@@ -37,8 +37,9 @@ Kernel rows_kernel(const char* name, Number number) {
 
 unsigned blocks_of(i64 threads) { return static_cast<unsigned>(divide_up_wide(threads, kRowThreads)); }
 
-/// Lists whose tiles of keys are worked at together: enough to keep a GPU busy with few blocks for each row of dQ.
-constexpr int kGroup = 8;
+/// Lists whose tiles of keys are worked at together: as few as their rows and sums of dQ stay in the L2 cache, and
+/// deterministic, where tiles of a list wait for each other, more.
+constexpr int kGroup = 8, kGroupInOrder = 16;
 
 /// What the pass has to know of a gradient of the bias; its sizes are the bias's own, expanded or not.
 struct BiasPass {
@@ -244,7 +245,9 @@ class Pass {
     const i64 lists = lists_of_run * params.plan.runs.count;
     // Deterministic: lists of a KV head, whose keys may be the same, are in different groups.
     const bool in_turn = options_.deterministic && params.plan.lists;
-    const int group = !in_turn ? kGroup : shape_.units() == shape_.kv_heads ? static_cast<int>(lists_of_run) : 1;
+    const int group = !in_turn                            ? (options_.deterministic ? kGroupInOrder : kGroup)
+                      : shape_.units() == shape_.kv_heads ? static_cast<int>(lists_of_run)
+                                                          : 1;
     params.group = Divisor::of(group);
     params.group_blocks = Divisor::of(group * params.key_tiles);
     if (options_.deterministic) {
