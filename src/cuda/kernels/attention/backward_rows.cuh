@@ -88,6 +88,7 @@ struct BackwardRows {
       for (int i = warp; i < kWarp; i += kThreads / kWarp) {
         if ((seen >> i & 1) == 0) continue;
         const i64 at = (first + group + i) * width;
+#pragma unroll 1
         for (int column = lane; column < width; column += kWarp)
           reinterpret_cast<Floats*>(sums.grad_key())[at + column] =
               reinterpret_cast<Floats*>(sums.grad_value())[at + column] = Floats{};

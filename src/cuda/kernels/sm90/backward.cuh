@@ -210,10 +210,17 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions)
     const int warpgroup = shuffle(thread / kWarpgroup, 0);
     wait(shared.keys_full, 0);
     fence_for_bulk();
-    const int whole = kConfig.halves ? numbers.whole_count : numbers.tile_count;
+    if constexpr (!kConfig.halves) {
 #pragma unroll 1
-    for (int i = 0; i < whole; ++i) multiply_rows<kKeys>(i, warpgroup);
-    if constexpr (kConfig.halves) {
+      for (int i = 0; i < numbers.tile_count; ++i) {
+        Scores score;
+        QuerySums grad_query;
+        multiply_rows<kKeys>(score, grad_query, i, warpgroup);
+      }
+    } else {
+      const int whole = numbers.whole_count;
+#pragma unroll 1
+      for (int i = 0; i < whole; ++i) multiply_rows<kKeys>(i, warpgroup);
 #pragma unroll 1
       for (int i = whole; i < numbers.tile_count; ++i) {
         if (sees_half(i, warpgroup))
@@ -223,11 +230,16 @@ struct HopperBackward : BackwardBlock<kOptions, hopper_backward_config(kOptions)
       }
     }
   }
-  /// Of so many keys that the tile of rows sees: all, or the warpgroup's.
   template <int kSeen>
   void multiply_rows(int i, int warpgroup) {
     Scores score;
     QuerySums grad_query;
+    multiply_rows<kSeen>(score, grad_query, i, warpgroup);
+  }
+  /// Of so many keys that the tile of rows sees: all, or the warpgroup's. What is computed at is the caller's: with
+  /// variables of its own, it takes more registers in a loop of everything than there are.
+  template <int kSeen>
+  void multiply_rows(Scores& score, QuerySums& grad_query, int i, int warpgroup) {
     multiply_scores(score, warpgroup, i);
     work_at<kSeen>(score, grad_query, warpgroup, i);
     wait_products<1>();  // but dK's

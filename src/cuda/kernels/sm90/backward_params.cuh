@@ -42,7 +42,7 @@ struct HopperBackwardConfig {
 };
 
 /// The addresses of a full bias and its gradient take registers. Deterministic blocks come to tiles of rows in the same
-/// order, or they would wait for each other.
+/// order, or they would wait for each other; a softcap's derivative leaves no registers for a second loop.
 constexpr HopperBackwardConfig hopper_backward_config(const BackwardOptions& options) {
   const int head_dim = options.head_dim;
   const bool shares_keys = head_dim > 128 || options.bias == BiasKind::full;
@@ -51,7 +51,7 @@ constexpr HopperBackwardConfig hopper_backward_config(const BackwardOptions& opt
                               .keys = shares_keys ? 64 : 128,
                               .rows = shares_keys || head_dim > 64 ? 64 : 128,
                               .bit_words = options.test == Test::bits ? kMostBits / 32 + 1 : 0,
-                              .halves = !shares_keys && !options.deterministic};
+                              .halves = !shares_keys && !options.deterministic && !options.softcap};
   if (head_dim > 192) config.grad_out_stages = 1;
   const int rows = config.rows * (config.query_stages + config.grad_out_stages), scores = 2 * config.keys * config.rows;
   const int tiles = (2 * config.keys + rows) * config.panels() * 128 + scores * 2 +
