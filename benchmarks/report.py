@@ -97,7 +97,7 @@ def cuda_families_figures(recorded: dict) -> str:
             f"| {both(row, 'cudnn_forward_ms', 'cudnn_backward_ms')} |"
         )
     sustained = [
-        f"{case} {both(row, 'sustained_mask_and_forward_ms', 'sustained_backward_ms')} ms"
+        f"{case} {both(row, 'sustained_mask_and_forward_ms', 'sustained_backward_ms')}"
         for case, row in by_family["hopper"].items()
         if "sustained_backward_ms" in row
     ]
